@@ -1,0 +1,360 @@
+"""A LLaMA from scratch that reads ordinary Hugging Face checkpoint folders.
+
+Does: config.json, safetensors (one file or sharded, memory-mapped, names as they are), tokenizer.model, the forward
+pass, a cache of un-rotated keys. Does not: choose positions (positions.py), sample (generate.py), or unpickle.
+
+    model, tokenizer = load("llama-7b", dtype=torch.bfloat16)
+    ids = tokenizer.encode("The sky is")
+    logits = model(torch.tensor([ids]), model.plan("mesa", n=len(ids)))      # (1, T, vocab_size)
+
+Letters as in attention.py: B batch, H and Hkv query and key heads, Tq, Tk queries and keys, D head width.
+"""
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attention import attend
+from positions import METHODS, make_plan, parameters, pick
+
+# rope_type in config.json -> the row of METHODS that computes it
+ROPE_TYPES = {"default": "rope", "linear": "pi", "dynamic": "dynamic-ntk", "yarn": "yarn", "llama3": "llama3"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Config:
+    """The fields of config.json that shape a LLaMA, under their Hugging Face names, and what its positions are."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: tuple[int, ...] = (2,)
+    dtype: str = "float32"                           # as stored
+    train_len: int = 2048                            # L: original_max_position_embeddings, else max_position_embeddings
+    freq: str = "rope"                               # the frequencies it was trained with, a row of METHODS
+    freq_params: dict = field(default_factory=dict)  # and their parameters
+
+    @staticmethod
+    def from_hf(path, train_len=None):
+        """The Config of a checkpoint folder; train_len overrides L. ValueError names what is missing or unsupported."""
+        raw = read_json(Path(path) / "config.json")
+        kind, act = raw.get("model_type", "llama"), raw.get("hidden_act", "silu")
+        if kind not in ("llama", "mistral") or act != "silu":
+            raise ValueError(f"{path}: not a LLaMA: model_type {kind}, hidden_act {act}")
+        try:
+            heads, eos = raw["num_attention_heads"], raw.get("eos_token_id", 2)
+            same = {name: raw[name] for name in Config.__dataclass_fields__ if raw.get(name) is not None}
+            freq, theta, params, L = rope_settings(raw, path)
+            same.update(num_key_value_heads=same.get("num_key_value_heads", heads), rope_theta=theta,
+                        head_dim=same.get("head_dim", raw["hidden_size"] // heads), freq=freq, freq_params=params,
+                        eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+                        bos_token_id=raw.get("bos_token_id", 1), train_len=train_len or L,
+                        dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32")
+            return Config(**same)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: config.json lacks a field of a LLaMA: {error}") from None
+
+    def plan(self, method=None, *, n, i=None, j=None, freq=None, attn_scale=None, **params):
+        """The Plan of a method for this model; queries i and keys j default to a whole prompt of n tokens.
+
+        method None is what config.json says. A method without frequencies of its own keeps those that the model was
+        trained with; one that has them (rope, pi, ntk, ...) replaces them. See positions.make_plan for the rest.
+        """
+        method = method or self.freq
+        replaced = freq or pick(METHODS, "method", method)[1]
+        if replaced in (None, METHODS[self.freq][1]):
+            freq, params = freq or self.freq, {**self.freq_params, **params}
+        i = torch.arange(n) if i is None else i
+        j = torch.arange(n) if j is None else j
+        return make_plan(method, i, j, n=n, L=self.train_len, D=self.head_dim, H=self.num_attention_heads,
+                         base=self.rope_theta, freq=freq, attn_scale=attn_scale, **params)
+
+
+def read_json(path):
+    """The JSON object in a file; FileNotFoundError or ValueError that names it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent}: no {path.name} in this folder" if path.parent.is_dir()
+                                else f"{path.parent}: no such folder")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+
+
+def rope_settings(raw, path):
+    """(row of METHODS, rope_theta, its parameters, training length) from rope_scaling or the newer rope_parameters."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"{path}: unknown rope_type {kind!r} in config.json; known are {', '.join(ROPE_TYPES)}")
+    if (rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ValueError(f"{path}: partial_rotary_factor is not supported")
+    if kind != "default" and rope.get("factor") is None:
+        raise ValueError(f"{path}: rope_type {kind!r} in config.json has no factor")
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    L = (rope.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
+         or raw.get("max_position_embeddings", 2048))
+    known = parameters(METHODS[ROPE_TYPES[kind]][1])
+    rope["original_max_position_embeddings"] = L  # --train-len must not bend the frequencies of the checkpoint
+    return ROPE_TYPES[kind], float(theta), {key: value for key, value in rope.items() if key in known}, L
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the network; attributes are named as in Hugging Face checkpoints
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        self.head_dim, self.layer = c.head_dim, layer
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+
+    def forward(self, x, plan, cache, impl):
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, D)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        return self.o_proj(attend(q, k, v, plan, impl).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, plan, cache, impl):
+        x = x + self.self_attn(self.input_layernorm(x), plan, cache, impl)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """All but the head: the part that checkpoints call `model`."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, tokens, plan, cache, impl, last_only):
+        x = self.embed_tokens(tokens)
+        for block in self.layers:
+            x = block(x, plan, cache, impl)
+        return self.norm(x[:, -1:] if last_only else x)
+
+
+class Llama(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.model = config, Trunk(config)
+        self.plan = config.plan  # plan = model.plan("mesa", n=len(ids))
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens, plan, cache=None, last_only=False, impl="auto"):
+        """Logits (B, Tq, vocab_size), or (B, 1, vocab_size) of the last token with last_only, for tokens (B, Tq) int64.
+
+        plan: made by model.plan for these queries and, with a cache, for its keys and these. With a cache the keys and
+        values of the tokens are appended to it.
+        """
+        x = self.model(tokens, plan, cache, impl, last_only)
+        return F.linear(x, self.model.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
+
+
+class KVCache:
+    """Un-rotated keys and values of every layer, (B, Hkv, size, D) each; size doubles where it was too small.
+
+    Un-rotated, because the position of a cached key depends on the method, the region and the query that looks at it.
+    After two appends of 5 and 3 tokens, append returns views of 8 tokens and len(cache) is 8.
+    """
+
+    def __init__(self, config, size=64):
+        self.size, self.length = size, [0] * config.num_hidden_layers
+        self.k, self.v = [None] * config.num_hidden_layers, [None] * config.num_hidden_layers
+
+    def __len__(self):
+        return self.length[-1]
+
+    def append(self, layer, k, v):
+        """Store k, v (B, Hkv, T, D) after what the layer holds; returns views of all its keys and values."""
+        old, new = self.length[layer], self.length[layer] + k.shape[2]
+        while new > self.size:
+            self.size *= 2
+        for held, fresh in ((self.k, k), (self.v, v)):
+            if held[layer] is None or held[layer].shape[2] < new:
+                grown = fresh.new_empty(*fresh.shape[:2], self.size, fresh.shape[3])
+                if old:
+                    grown[:, :, :old] = held[layer][:, :, :old]
+                held[layer] = grown
+            held[layer][:, :, old:new] = fresh
+        self.length[layer] = new
+        return self.k[layer][:, :, :new], self.v[layer][:, :, :new]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading a checkpoint folder
+
+def load(path, dtype=torch.float32, device="cpu", train_len=None):
+    """(Llama, tokenizer) of a Hugging Face folder; dtype None keeps the stored type. train_len overrides L.
+
+    Raises FileNotFoundError or ValueError, naming the file and the tensor, for anything missing, extra or misshapen.
+    """
+    config = Config.from_hf(path, train_len)
+    tokenizer = load_tokenizer(path, config)
+    return load_model(path, config, dtype, device), tokenizer
+
+
+def load_model(path, config, dtype=None, device="cpu"):
+    """The Llama of a folder. Tensors stay memory-mapped files where neither type nor device changes."""
+    with torch.device("meta"):
+        model = Llama(config)
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    state = {}
+    for file, names in weight_files(Path(path)).items():
+        state.update(read_tensors(file, names, wanted, config, dtype, device))
+    missing = sorted(wanted.keys() - state.keys())
+    if missing:
+        raise ValueError(f"{path}: the checkpoint lacks {len(missing)} tensors, among them {missing[0]}")
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def weight_files(path):
+    """{safetensors file: tensor names it should hold, or None for whatever is there}."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        return {single: None}
+    if index.is_file():
+        files = {}
+        for name, file in read_json(index).get("weight_map", {}).items():
+            files.setdefault(path / file, []).append(name)
+        return files
+    pickles = sorted(p.name for ending in ("*.bin", "*.pth", "*.pt") for p in path.glob(ending))
+    if pickles:
+        raise ValueError(f"{path}: {pickles[0]} is a pickle, which can run code when read; convert it to safetensors")
+    raise FileNotFoundError(f"{path}: no model.safetensors and no model.safetensors.index.json in this folder")
+
+
+def read_tensors(file, names, wanted, config, dtype, device):
+    """{name: tensor} from one file, each checked by name and shape before it is read."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: the index names this file, but it is not there")
+    out = {}
+    try:
+        with safetensors.safe_open(file, framework="pt", device="cpu") as f:
+            held = set(f.keys())
+            for name in sorted(held if names is None else names):
+                if name not in held:
+                    raise ValueError(f"{file}: the index says that {name} is here, but it is not")
+                if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and config.tie_word_embeddings:
+                    continue
+                shape = tuple(f.get_slice(name).get_shape())
+                if name not in wanted:
+                    raise ValueError(f"{file}: unexpected tensor {name} {shape}")
+                if shape != wanted[name]:
+                    raise ValueError(f"{file}: {name} has shape {shape}, config.json implies {wanted[name]}")
+                out[name] = f.get_tensor(name).to(device=device, dtype=dtype)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text
+
+def load_tokenizer(path, config):
+    """The tokenizer of a folder: tokenizer.model by sentencepiece, or tokenizer.json by the optional tokenizers."""
+    path = Path(path)
+    if (path / "tokenizer.model").is_file():
+        import sentencepiece
+        try:
+            core = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+        except (RuntimeError, OSError):
+            raise ValueError(f"{path / 'tokenizer.model'}: not a sentencepiece model") from None
+        return Tokenizer(core.encode, core.decode, config.bos_token_id, core.vocab_size())
+    if (path / "tokenizer.json").is_file():
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError(f"{path}: tokenizer.json needs the tokenizers package (pip install tokenizers)") from None
+        core = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        return Tokenizer(lambda text: core.encode(text, add_special_tokens=False).ids, core.decode, config.bos_token_id,
+                         core.get_vocab_size())
+    raise FileNotFoundError(f"{path}: no tokenizer.model and no tokenizer.json in this folder")
+
+
+class Tokenizer:
+    """Text to token ids and back. Does add BOS, once; does not know chat templates."""
+
+    def __init__(self, encode, decode, bos_id, vocab_size):
+        self._encode, self._decode, self.bos_id, self.vocab_size = encode, decode, bos_id, vocab_size
+
+    def encode(self, text, bos=True):
+        """Token ids, with BOS in front unless bos is False or the model has none. A leading "<s>" is not doubled."""
+        if bos and self.bos_id is not None:
+            return [self.bos_id] + self._encode(text.removeprefix("<s>"))
+        return self._encode(text)
+
+    def decode(self, ids):
+        return self._decode(list(ids))
+
+    def stream(self, ids, context=()):
+        """Yield the text of ids piece by piece as they come, spaces kept, no character split; context: the ids before.
+
+        A token's text depends on its neighbours (sentencepiece drops a leading space, an emoji is four byte tokens), so
+        what is new is the difference of two decodings of the last few tokens; an unfinished character waits.
+        """
+        held = list(context)[-8:]  # decoded before; gives the first new token its space
+        shown = len(held)
+        for token in ids:
+            held.append(token)
+            before, now = self._decode(held[:shown]), self._decode(held)
+            if len(now) > len(before) and not now.endswith("\ufffd") or len(held) - shown > 4:
+                yield now[len(before):]
+                held, shown = held[shown:], len(held) - shown
+        yield self._decode(held)[len(self._decode(held[:shown])):]
