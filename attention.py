@@ -9,30 +9,57 @@ the fused case, which autograd can differentiate.
 Letters: B batch, H query heads, Hkv key heads, G = H/Hkv query heads that share a key head, Tq queries, Tk keys,
 D head width. Query head h belongs to key head h // G, so q.view(B, Hkv, G, Tq, D) groups them without a copy of k.
 """
+import importlib.util
 import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 
-IMPLEMENTATIONS = ("auto", "dense", "tiled")
+IMPLEMENTATIONS = ("auto", "dense", "tiled", "triton")
 NEVER = -1e30  # the log of a weight that is zero; finite, so that merging two empty parts gives no nan
 
 
-def attend(q, k, v, plan, impl="auto"):
+def attend(q, k, v, plan, impl="auto", kept=None):
     """Softmax attention (B, H, Tq, D) of q (B, H, Tq, D) over k, v (B, Hkv, Tk, D), by a plan made for Tq and Tk.
 
-    impl: "dense", "tiled", or "auto": PyTorch's fused attention where the plan is plainly causal, else tiled, or dense
-    where a gradient is wanted. Raises ValueError where the shapes do not fit together.
+    impl: "dense", "tiled", "triton", or "auto": PyTorch's fused attention where the plan is plainly causal, else triton
+    on CUDA and tiled elsewhere, or dense where a gradient is wanted.
+    kept: a TurnedKeys that has seen these keys before, to decode without rotating all of them again.
+    Raises ValueError where the shapes do not fit together, or Triton is asked for and cannot run.
     """
     check_shapes(q, k, v, plan)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown attention implementation {impl!r}; there are {', '.join(IMPLEMENTATIONS)}")
     if impl == "auto" and is_causal(plan):
-        return attend_fused(q, k, v, plan)
-    if impl == "dense" or impl == "auto" and torch.is_grad_enabled() and q.requires_grad:
+        return attend_fused(q, k, v, plan, kept)
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if impl in ("tiled", "triton") and wants_gradient:
+        raise ValueError(f"impl={impl} has no gradient: use dense or auto")
+    if impl == "dense" or impl == "auto" and wants_gradient:
         return attend_dense(q, k, v, plan)
-    return attend_tiled(q, k, v, plan)
+    if impl == "triton" or impl == "auto" and q.is_cuda and triton_missing(q) is None:
+        return attend_triton(q, k, v, plan)
+    return attend_tiled(q, k, v, plan, kept=kept)
+
+
+def triton_missing(q):
+    """What keeps the Triton kernels from running on q, in a few words; None where nothing does."""
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package (pip install triton)"
+    import triton
+    if not hasattr(triton, "knobs"):
+        return "Triton 3.4 or newer"
+    return None if q.is_cuda or triton.knobs.runtime.interpret else "a CUDA device"
+
+
+def attend_triton(q, k, v, plan):
+    """The kernels of kernels.py, which is only imported here; ValueError where they cannot run."""
+    missing = triton_missing(q)
+    if missing:
+        raise ValueError(f"impl=triton: this machine lacks {missing}")
+    import kernels
+    return kernels.attend_triton(q, k, v, plan)
 
 
 def check_shapes(q, k, v, plan):
@@ -51,11 +78,12 @@ def check_shapes(q, k, v, plan):
 def cos_sin(plan, pos, rows, device):
     """cos and sin (T, D/2) of pos[rows] * inv_freq, made once for all layers: angles in float64, tables in float32.
 
-    (float32 angles are off by 1.5e-3 at position 131,072.) MPS has no float64, so the angles are computed on the CPU.
+    (float32 angles are off by 1.5e-3 at position 131,072.) MPS has no float64, so its angles are computed on the CPU.
     """
     key = id(pos), rows.start, rows.stop, str(device)  # the plan holds pos, so its id stays its own
     if key not in plan.tables:
-        angle = pos[rows].double()[:, None] * plan.inv_freq
+        home = "cpu" if device.type == "mps" else device
+        angle = pos[rows].to(home).double()[:, None] * plan.inv_freq.to(home)
         plan.tables[key] = tuple((f(angle) * plan.mscale).float().to(device) for f in (torch.cos, torch.sin))
     return plan.tables[key]
 
@@ -76,9 +104,50 @@ def turned(x, plan, pos, rows=slice(None)):
     return rotate(x, *cos_sin(plan, pos, rows, x.device))
 
 
-def sharpened(q, plan):
-    """q with the attention scale of each query multiplied in."""
-    return q if plan.q_scale is None else (q * plan.q_scale.to(q.device, torch.float32)[:, None]).to(q.dtype)
+class TurnedKeys:
+    """The keys of one layer as decoding needs them: rotated for every set of positions in use, a token at a time.
+
+    Which positions those are is up to the plans: a copy serves a plan as long as the positions of the keys it holds
+    have not changed; a plan that moves them gets a new one. Self-Extend decodes with two copies, at j and j // group.
+    """
+
+    def __init__(self):
+        self.copies = []  # [positions held, (inv_freq, mscale, cosine), keys (B, Hkv, room, D)]
+
+    def of(self, k, plan, pos):
+        """k (B, Hkv, Tk, D) rotated to pos (Tk,), of which only what is new is computed."""
+        copy = next((c for c in self.copies if self.serves(c, plan, pos)), None)
+        if copy is None:
+            copy = [pos[:0], (plan.inv_freq, plan.mscale, plan.cosine), k[:, :, :0]]
+            self.copies.append(copy)
+        old, new = len(copy[0]), len(pos)
+        if copy[2].shape[2] < new:
+            grown = k.new_empty(*k.shape[:2], new + new // 2, k.shape[3])
+            grown[:, :, :old] = copy[2][:, :, :old]
+            copy[2] = grown
+        copy[2][:, :, old:new] = turned(k[:, :, old:], plan, pos, slice(old, new))
+        copy[0] = pos
+        return copy[2][:, :, :new]
+
+    @staticmethod
+    def serves(copy, plan, pos):
+        held, (inv_freq, *rest), _ = copy
+        return (rest == [plan.mscale, plan.cosine] and torch.equal(inv_freq, plan.inv_freq)
+                and len(held) <= len(pos) and torch.equal(held, pos[:len(held)]))
+
+    def cut(self, length):
+        """Forget all but the first `length` keys."""
+        for copy in self.copies:
+            copy[0] = copy[0][:length]
+
+
+def sharpened(q, k, plan):
+    """q and k with the attention scale of each query multiplied in; with Plan.cosine such that q.k/sqrt(D) is that
+    times their cosine (CosScale; rotation changes no length, so it may come after)."""
+    if plan.cosine is not None:
+        q, k = (F.normalize(x.float(), dim=-1, eps=1e-9).to(x.dtype) for x in (q, k))
+        q = q * (plan.cosine * math.sqrt(q.shape[-1]))
+    return q if plan.q_scale is None else (q * plan.q_scale.to(q.device, torch.float32)[:, None]).to(q.dtype), k
 
 
 def alibi_bias(plan, region, rows, keys, device):
@@ -98,10 +167,10 @@ def attend_dense(q, k, v, plan):
     """The whole (Tq, Tk) score matrix, filled in region by region: to read, to differentiate, and for small inputs."""
     B, H, Tq, D = q.shape
     Hkv, Tk = k.shape[1:3]
-    q, j = sharpened(q, plan), torch.arange(Tk)
+    (q, k), j = sharpened(q, k, plan), torch.arange(Tk)
     scores = torch.full((B, H, Tq, Tk), -math.inf, dtype=torch.float32, device=q.device)
     for r in plan.regions:
-        rotated = turned(q, plan, r.q_pos).view(B, Hkv, H // Hkv * Tq, D).float()
+        rotated = fold(turned(q, plan, r.q_pos), Hkv).float()
         s = (rotated @ turned(k, plan, r.k_pos).float().transpose(-1, -2)).view(B, H, Tq, Tk) / math.sqrt(D)
         bias = alibi_bias(plan, r, slice(None), slice(None), q.device)
         inside = (j >= r.start[:, None]) & (j < r.end[:, None])
@@ -125,27 +194,28 @@ def is_causal(plan):
     return Tq in (1, Tk) and not r.start.any() and torch.equal(r.end, torch.arange(Tk - Tq + 1, Tk + 1))
 
 
-def attend_fused(q, k, v, plan):
+def attend_fused(q, k, v, plan, kept=None):
     """scaled_dot_product_attention for a plan that is_causal."""
     (r,), group = plan.regions, q.shape[1] // k.shape[1]
-    q, k = turned(sharpened(q, plan), plan, r.q_pos), turned(k, plan, r.k_pos)
+    q, k = sharpened(q, k, plan)
+    q, (_, k) = turned(q, plan, r.q_pos), rotated_keys(k, plan, r, len(r.q_pos) == 1 and kept)
     if q.shape[2] == 1:  # decoding: the query heads of a key head become its rows, so that k is read once
-        return F.scaled_dot_product_attention(q.view(*k.shape[:2], group, -1), k, v).view(q.shape)
+        return F.scaled_dot_product_attention(fold(q, k.shape[1]), k, v).reshape(q.shape)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tiled: what runs
 
-def attend_tiled(q, k, v, plan, block_q=256, block_k=1024):
+def attend_tiled(q, k, v, plan, block_q=256, block_k=1024, kept=None):
     """Tile by tile, only tiles that some query sees, parts merged by their log-sum-exp: O(Tq + Tk) memory, never T x T.
 
     Rows are cut where an interval jumps (the chunk borders of Mesa), so that within a block every region is a rectangle
     that all rows see, and edges no wider than the block, which are masked. block_k bounds a rectangle's width where
     PyTorch has no fused call for it.
     """
-    q, out = sharpened(q, plan), torch.empty_like(q)
-    keys = [rotated_keys(k, plan, r) for r in plan.regions]
+    (q, k), out = sharpened(q, k, plan), torch.empty_like(q)
+    keys = [rotated_keys(k, plan, r, q.shape[2] == 1 and kept) for r in plan.regions]
     step = k.shape[2] if q.device.type == "cpu" and plan.slopes is None else block_k
     for a, b in row_blocks(plan, block_q):
         parts = []
@@ -160,10 +230,12 @@ def attend_tiled(q, k, v, plan, block_q=256, block_k=1024):
     return out
 
 
-def rotated_keys(k, plan, r):
+def rotated_keys(k, plan, r, kept=None):
     """The index of the first key that a region's queries see, and the keys from there to the last one seen, rotated."""
     live = r.end > r.start
     first, stop = int(r.start[live].min()), int(r.end[live].max())
+    if kept and plan.inv_freq is not None:
+        return first, kept.of(k, plan, r.k_pos)[:, :, first:stop]
     return first, turned(k[:, :, first:stop], plan, r.k_pos, slice(first, stop))
 
 
@@ -211,10 +283,18 @@ def piece_bias(plan, r, rows, keys, ragged, q, Hkv):
 
 def attend_piece(q, k, v, bias):
     """Attention (B, Hkv, G*rows, D) of folded q over one piece, and its log-sum-exp (B, Hkv, G*rows) in float32."""
-    if q.device.type == "cpu":  # PyTorch's flash kernel; of a row that sees nothing it says log-sum-exp 0
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
-        return out, lse if bias is None else lse.masked_fill(bias.amax(-1) == -math.inf, NEVER)
-    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
+    return (flash_piece if q.device.type == "cpu" else plain_piece)(q, k, v, bias)
+
+
+def flash_piece(q, k, v, bias):
+    """attend_piece by PyTorch's flash kernel for CPUs; of a row that sees nothing it says log-sum-exp 0."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+    return out, lse if bias is None else lse.masked_fill(bias.amax(-1) == -math.inf, NEVER)
+
+
+def plain_piece(q, k, v, bias):
+    """attend_piece in plain PyTorch, for any device."""
+    scores = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(q.shape[-1])
     scores = scores if bias is None else scores + bias
     lse = scores.logsumexp(-1).clamp(min=NEVER)
     return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse

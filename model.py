@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import attend
-from positions import METHODS, make_plan, parameters, pick
+from attention import TurnedKeys, attend
+from positions import FREQUENCIES, METHODS, alibi, make_plan, nope, parameters, pick, positive, whole
 
 # rope_type in config.json -> the row of METHODS that computes it
-ROPE_TYPES = {"default": "rope", "linear": "pi", "dynamic": "dynamic-ntk", "yarn": "yarn", "llama3": "llama3"}
+ROPE_TYPES = {"default": "rope", "linear": "pi", "dynamic": "dynamic-ntk", "yarn": "yarn", "llama3": "llama3",
+              "longrope": "longrope"}
+ENCODINGS = ("rope", "alibi", "nope")  # values of our key position_encoding, rows of METHODS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,26 +50,31 @@ class Config:
     train_len: int = 2048                            # L: original_max_position_embeddings, else max_position_embeddings
     freq: str = "rope"                               # the frequencies it was trained with, a row of METHODS
     freq_params: dict = field(default_factory=dict)  # and their parameters
+    cosine_attention: float | None = None            # our key: logits are this times the cosine of q and k (CosScale)
 
     @staticmethod
     def from_hf(path, train_len=None):
         """The Config of a checkpoint folder; train_len overrides L. ValueError names what is missing or unsupported."""
-        raw = read_json(Path(path) / "config.json")
-        kind, act = raw.get("model_type", "llama"), raw.get("hidden_act", "silu")
-        if kind not in ("llama", "mistral") or act != "silu":
-            raise ValueError(f"{path}: not a LLaMA: model_type {kind}, hidden_act {act}")
+        file = Path(path) / "config.json"
+        raw = read_json(file)
         try:
-            heads, eos = raw["num_attention_heads"], raw.get("eos_token_id", 2)
-            same = {name: raw[name] for name in Config.__dataclass_fields__ if raw.get(name) is not None}
-            freq, theta, params, L = rope_settings(raw, path)
-            same.update(num_key_value_heads=same.get("num_key_value_heads", heads), rope_theta=theta,
-                        head_dim=same.get("head_dim", raw["hidden_size"] // heads), freq=freq, freq_params=params,
-                        eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-                        bos_token_id=raw.get("bos_token_id", 1), train_len=train_len or L,
-                        dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32")
-            return Config(**same)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: config.json lacks a field of a LLaMA: {error}") from None
+            return config_of(raw, train_len)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file}: {error}") from None
+
+    def __post_init__(self):
+        """ValueError for sizes that no model can have."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings", "train_len"):
+            whole(name, getattr(self, name))
+        for name in ("rms_norm_eps", "rope_theta"):
+            positive(name, getattr(self, name))
+        for token in self.eos_token_id if self.bos_token_id is None else (self.bos_token_id, *self.eos_token_id):
+            if whole("a token id", token, least=0) >= self.vocab_size:
+                raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
+                             f"{self.num_attention_heads}")
 
     def plan(self, method=None, *, n, i=None, j=None, freq=None, attn_scale=None, **params):
         """The Plan of a method for this model; queries i and keys j default to a whole prompt of n tokens.
@@ -76,13 +83,26 @@ class Config:
         trained with; one that has them (rope, pi, ntk, ...) replaces them. See positions.make_plan for the rest.
         """
         method = method or self.freq
-        replaced = freq or pick(METHODS, "method", method)[1]
-        if replaced in (None, METHODS[self.freq][1]):
+        rule = pick(FREQUENCIES, "frequency rule", freq) if freq else pick(METHODS, "method", method)[1]
+        if rule in (None, FREQUENCIES[self.freq]):
             freq, params = freq or self.freq, {**self.freq_params, **params}
+        elif self.freq in ("alibi", "nope") and rule not in (alibi, nope):
+            raise ValueError(f"this model has no rotary positions ({self.freq}), so {freq or method} sets nothing")
         i = torch.arange(n) if i is None else i
         j = torch.arange(n) if j is None else j
         return make_plan(method, i, j, n=n, L=self.train_len, D=self.head_dim, H=self.num_attention_heads,
-                         base=self.rope_theta, freq=freq, attn_scale=attn_scale, **params)
+                         base=self.rope_theta, freq=freq, attn_scale=attn_scale,
+                         **{"cosine": self.cosine_attention, **params})
+
+    def warnings(self, method=None, freq=None, cosine=None):
+        """Sentences on what is asked of a model that was not trained for it."""
+        rule = freq or (method if method in FREQUENCIES else self.freq)
+        out = []
+        if rule != self.freq and rule in ("alibi", "nope"):
+            out.append(f"this model was trained with {self.freq}, not {rule}: expect nonsense")
+        if (cosine or method == "cosscale") and not self.cosine_attention:
+            out.append("this model was not trained with cosine attention: expect nonsense")
+        return out
 
 
 def read_json(path):
@@ -91,27 +111,58 @@ def read_json(path):
         raise FileNotFoundError(f"{path.parent}: no {path.name} in this folder" if path.parent.is_dir()
                                 else f"{path.parent}: no such folder")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return data
 
 
-def rope_settings(raw, path):
+def config_of(raw, train_len):
+    """The Config of the fields of a config.json."""
+    kind, act, window = raw.get("model_type", "llama"), raw.get("hidden_act", "silu"), raw.get("sliding_window")
+    if kind not in ("llama", "mistral") or act != "silu" or window:
+        raise ValueError(f"not a LLaMA: model_type {kind}, hidden_act {act}, sliding_window {window}")
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        whole(name, raw.get(name))
+    same = {name: raw[name] for name in Config.__dataclass_fields__ if raw.get(name) is not None}
+    heads, eos = raw["num_attention_heads"], raw.get("eos_token_id", 2)
+    freq, theta, params, L = rope_settings(raw)
+    same.update(num_key_value_heads=same.get("num_key_value_heads", heads), rope_theta=theta, train_len=train_len or L,
+                head_dim=same.get("head_dim", raw["hidden_size"] // heads), freq=freq, freq_params=params,
+                eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+                bos_token_id=raw.get("bos_token_id", 1),
+                dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"))
+    return Config(**same)
+
+
+def rope_settings(raw):
     """(row of METHODS, rope_theta, its parameters, training length) from rope_scaling or the newer rope_parameters."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling must be an object, not {rope!r}")
+    rope = dict(rope)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_TYPES:
-        raise ValueError(f"{path}: unknown rope_type {kind!r} in config.json; known are {', '.join(ROPE_TYPES)}")
+        raise ValueError(f"unknown rope_type {kind!r}; known are {', '.join(ROPE_TYPES)}")
     if (rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ValueError(f"{path}: partial_rotary_factor is not supported")
-    if kind != "default" and rope.get("factor") is None:
-        raise ValueError(f"{path}: rope_type {kind!r} in config.json has no factor")
-    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+        raise ValueError("partial_rotary_factor is not supported")
+    encoding = raw.get("position_encoding", "rope")
+    if encoding not in ENCODINGS:
+        raise ValueError(f"unknown position_encoding {encoding!r}, not one of {ENCODINGS}")
     L = (rope.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
          or raw.get("max_position_embeddings", 2048))
+    if encoding != "rope":
+        return encoding, 10000.0, {}, L
+    if kind == "longrope":
+        rope.setdefault("factor", raw.get("max_position_embeddings", L) / L)
+    if kind != "default" and rope.get("factor") is None:
+        raise ValueError(f"rope_type {kind!r} has no factor")
+    theta = next((x for x in (rope.get("rope_theta"), raw.get("rope_theta")) if x is not None), 10000.0)
     known = parameters(METHODS[ROPE_TYPES[kind]][1])
     rope["original_max_position_embeddings"] = L  # --train-len must not bend the frequencies of the checkpoint
-    return ROPE_TYPES[kind], float(theta), {key: value for key, value in rope.items() if key in known}, L
+    return ROPE_TYPES[kind], theta, {key: value for key, value in rope.items() if key in known}, L
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,9 +192,10 @@ class Attention(nn.Module):
     def forward(self, x, plan, cache, impl):
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, D)
                    for project in (self.q_proj, self.k_proj, self.v_proj))
+        kept = None
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        return self.o_proj(attend(q, k, v, plan, impl).transpose(1, 2).flatten(2))
+            (k, v), kept = cache.append(self.layer, k, v), cache.kept[self.layer]
+        return self.o_proj(attend(q, k, v, plan, impl, kept).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -177,7 +229,10 @@ class Trunk(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        weight = torch.empty(c.vocab_size, c.hidden_size)
+        if not weight.is_meta:  # drawing random numbers on the meta device takes seconds
+            nn.init.normal_(weight)
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size, _weight=weight)
         self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
@@ -214,11 +269,18 @@ class KVCache:
     """
 
     def __init__(self, config, size=64):
-        self.size, self.length = size, [0] * config.num_hidden_layers
+        self.size, self.length = max(size, 1), [0] * config.num_hidden_layers
         self.k, self.v = [None] * config.num_hidden_layers, [None] * config.num_hidden_layers
+        self.kept = [TurnedKeys() for _ in self.k]  # and what decoding wants rotated
 
     def __len__(self):
         return self.length[-1]
+
+    def cut(self, length):
+        """Forget all but the first `length` tokens."""
+        self.length = [length] * len(self.length)
+        for kept in self.kept:
+            kept.cut(length)
 
     def append(self, layer, k, v):
         """Store k, v (B, Hkv, T, D) after what the layer holds; returns views of all its keys and values."""
@@ -270,8 +332,10 @@ def weight_files(path):
     if single.is_file():
         return {single: None}
     if index.is_file():
-        files = {}
-        for name, file in read_json(index).get("weight_map", {}).items():
+        files, places = {}, read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+            raise ValueError(f"{index}: no weight_map from tensor names to files")
+        for name, file in places.items():
             files.setdefault(path / file, []).append(name)
         return files
     pickles = sorted(p.name for ending in ("*.bin", "*.pth", "*.pt") for p in path.glob(ending))
@@ -298,6 +362,8 @@ def read_tensors(file, names, wanted, config, dtype, device):
                     raise ValueError(f"{file}: unexpected tensor {name} {shape}")
                 if shape != wanted[name]:
                     raise ValueError(f"{file}: {name} has shape {shape}, config.json implies {wanted[name]}")
+                if f.get_slice(name).get_dtype() not in ("F64", "F32", "BF16", "F16"):
+                    raise ValueError(f"{file}: {name} is not of a float type, and quantised weights are not supported")
                 out[name] = f.get_tensor(name).to(device=device, dtype=dtype)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
@@ -316,23 +382,22 @@ def load_tokenizer(path, config):
             core = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
         except (RuntimeError, OSError):
             raise ValueError(f"{path / 'tokenizer.model'}: not a sentencepiece model") from None
-        return Tokenizer(core.encode, core.decode, config.bos_token_id, core.vocab_size())
+        return Tokenizer(core.encode, core.decode, config.bos_token_id)
     if (path / "tokenizer.json").is_file():
         try:
             import tokenizers
         except ImportError:
             raise ValueError(f"{path}: tokenizer.json needs the tokenizers package (pip install tokenizers)") from None
         core = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-        return Tokenizer(lambda text: core.encode(text, add_special_tokens=False).ids, core.decode, config.bos_token_id,
-                         core.get_vocab_size())
+        return Tokenizer(lambda text: core.encode(text, add_special_tokens=False).ids, core.decode, config.bos_token_id)
     raise FileNotFoundError(f"{path}: no tokenizer.model and no tokenizer.json in this folder")
 
 
 class Tokenizer:
     """Text to token ids and back. Does add BOS, once; does not know chat templates."""
 
-    def __init__(self, encode, decode, bos_id, vocab_size):
-        self._encode, self._decode, self.bos_id, self.vocab_size = encode, decode, bos_id, vocab_size
+    def __init__(self, encode, decode, bos_id):
+        self._encode, self._decode, self.bos_id = encode, decode, bos_id
 
     def encode(self, text, bos=True):
         """Token ids, with BOS in front unless bos is False or the model has none. A leading "<s>" is not doubled."""
@@ -354,7 +419,7 @@ class Tokenizer:
         for token in ids:
             held.append(token)
             before, now = self._decode(held[:shown]), self._decode(held)
-            if len(now) > len(before) and not now.endswith("\ufffd") or len(held) - shown > 4:
+            if len(now) > len(before) and not now.endswith("\ufffd") or len(held) - shown > 8:
                 yield now[len(before):]
                 held, shown = held[shown:], len(held) - shown
         yield self._decode(held)[len(self._decode(held[:shown])):]

@@ -1,10 +1,10 @@
-"""Shared by all test files: two threads, the real checkpoints where they are present, and one way to cut a prompt."""
+"""Shared by all test files: one thread, the real checkpoints where they are present, and one way to cut a prompt."""
 from pathlib import Path
 
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # these tensors are tiny: two threads take three times as long on a busy machine
 ASSETS = Path(__file__).parents[2] / "shared/assets"
 
 
@@ -20,7 +20,7 @@ def asset():
 
 @pytest.fixture
 def cut():
-    """cut(130) -> (0, 10), (10, 37), (37, 55), (55, 56), ...: uneven pieces, single tokens, one large rest, decoding."""
+    """cut(130) -> (0, 10), (10, 37), (37, 55), (55, 56), ...: uneven pieces, single tokens, one large rest."""
     def ranges(total):
         sizes, left = [], total
         for size in [10, 27, 18, 1, 1, 1, 1, max(1, total - 66), *[1] * total]:

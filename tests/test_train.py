@@ -1,0 +1,116 @@
+"""train.py: a run depends on its settings alone, survives a kill, and writes a folder others can read."""
+import json
+import random
+
+import pytest
+import torch
+
+import train
+from model import load
+
+TEXTS = [f"The {a} cat sat on the {b} mat, and nobody in the {a} house asked why it was {b}. It slept."
+         for a in ("grey", "old", "small", "quick") for b in ("red", "warm", "dusty", "round")]
+SMALL = ("--steps 6 --batch 2 --window 160 --vocab 320 --width 16 --layers 1 --heads 2 --kv-heads 1 "
+         "--save-every 2").split()
+
+
+@pytest.fixture(autouse=True)
+def few_documents(monkeypatch):
+    monkeypatch.setattr(train, "prose", lambda: TEXTS)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(folder, *more):
+    train.main(["--out", str(folder), *SMALL, *more])
+    return load(folder)
+
+
+def weights(model):
+    return torch.cat([w.flatten() for w in model.parameters()])
+
+
+def test_an_interrupted_run_ends_in_the_same_weights(tmp_path, monkeypatch):
+    whole, _ = run(tmp_path / "whole")
+    step = train.train_step
+
+    def dies(number, *rest):
+        if number == 5:  # one step after a save: that step is done again
+            raise KeyboardInterrupt
+        return step(number, *rest)
+    monkeypatch.setattr(train, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut")
+    (tmp_path / "cut" / "training-state.part").write_bytes(b"half a save")  # what a kill during a save leaves
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    monkeypatch.setattr(train, "train_step", step)
+    resumed, _ = run(tmp_path / "cut")
+    assert torch.equal(weights(whole), weights(resumed))
+    curves = [json.loads((tmp_path / run / "training.json").read_text())["curve"] for run in ("whole", "cut")]
+    assert [entry["step"] for entry in curves[1]] == [2, 4, 6]
+    assert [entry["prose"] for entry in curves[0]] == [entry["prose"] for entry in curves[1]]
+
+
+def test_other_settings_do_not_continue_an_unfinished_run(tmp_path, monkeypatch):
+    def dies(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "write_folder", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    with pytest.raises(ValueError, match="other settings"):
+        run(tmp_path, "--seed", "2")
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path):
+    run(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.model",
+        "tokenizer_config.json", "training.json"]
+    with pytest.raises(ValueError, match="finished run"):
+        run(tmp_path)
+
+
+def test_batches_are_what_they_say(tmp_path):
+    model, tokenizer = run(tmp_path)
+    args = train.settings(["--out", str(tmp_path), *SMALL])
+    corpus = train.make_corpus(args, tokenizer, TEXTS, model.config)
+    for step in (0, 700, 800, 5000):
+        ids, loss_weights = train.batch(step, args, corpus, model.config)
+        assert torch.equal(ids, train.batch(step, args, corpus, model.config)[0])
+        assert ids.shape[1] == loss_weights.shape[1] + 1 <= args.window + 1
+        assert (ids[:, 0] == 1).all()
+        for row in ids[::2].tolist():
+            text = tokenizer.decode(row)
+            assert row[-1] == 2 and text.endswith(".") and train.QUESTION in text
+            key = text[-6:-1]
+            assert key.isdigit() and loss_weights[0, -7:].min() > 1
+
+
+def test_most_needles_are_whole_and_some_are_torn(tmp_path):
+    model, tokenizer = run(tmp_path)
+    args = train.settings(["--out", str(tmp_path), *SMALL])
+    corpus = train.make_corpus(args, tokenizer, TEXTS, model.config)
+    rng, whole = random.Random(0), 0
+    for _ in range(200):
+        ids, _ = train.passkey_row(rng, corpus, 200, 2)
+        text = tokenizer.decode(ids)
+        whole += train.NEEDLE.format(key=text[-6:-1]) in text
+    assert 140 < whole < 190
+
+
+def test_transformers_reads_the_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = run(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([tokenizer.encode("The old cat sat on the warm mat.")])
+    ours = model(ids, model.plan("rope", n=ids.shape[1]))
+    assert torch.allclose(ours, theirs(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [("--steps", "-1"), ("--heads", "3"), ("--lr", "nan"), ("--window", "10"),
+                                 ("--vocab", "5"), ("--batch", "0"), ("--kv-heads", "3", "--heads", "4")], ids=str)
+def test_bad_settings_are_refused_before_anything_is_written(bad, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path / "new", *bad)
+    assert end.value.code == 2 and bad[0].strip("-") in capsys.readouterr().err and not (tmp_path / "new").exists()

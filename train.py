@@ -1,0 +1,339 @@
+"""Train the tiny LLaMA that ships in checkpoints/tiny, from nothing, on one CPU core.
+
+Does: collect the prose that comes with every Python (help topics, docstrings), train a sentencepiece model on
+it, then a LLaMA on half prose, half passkey prompts of every length up to its window. Writes a Hugging Face
+folder and training.json, the record of the run. An interrupted run, also a killed one, continues from its last
+save when the same command is given again, and ends in the same weights: batches depend on (seed, step) alone.
+
+Does not: read any other data, or show the model a position beyond --window. Whatever the model does out there
+is the doing of the extrapolation method.
+
+    python train.py --out checkpoints/tiny
+"""
+import argparse
+import ast
+import datetime
+import json
+import math
+import os
+import platform
+import pydoc_data.topics
+import random
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+
+from generate import FILLER, NEEDLE, QUESTION, TASK, number, passkey_parts
+from model import ENCODINGS, Config, Llama, Tokenizer, load_tokenizer
+from positions import run_command
+
+ANSWER = "{key}."              # what follows QUESTION; sentencepiece puts the space in front
+STATE = "training-state.pt"    # an unfinished run: model, optimizer, step; deleted at the end
+
+
+# ---------------------------------------------------------------------------------------------------------
+# prose that every machine with a Python has
+
+def docstrings(file):
+    """The longer docstrings of one source file, each on one line; none where the file does not parse."""
+    try:
+        nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    except (SyntaxError, UnicodeDecodeError):
+        return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = (ast.get_docstring(node) or "" for node in nodes if isinstance(node, documented))
+    return [" ".join(text.split()) for text in texts if len(text) > 200]
+
+
+def prose():
+    """The documents: Python's help topics, then the docstrings of its standard library."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+    files = [file for file in sorted(root.rglob("*.py")) if not skipped & set(file.relative_to(root).parts)]
+    topics = [" ".join(text.split()) for _, text in sorted(pydoc_data.topics.topics.items())]
+    return topics + [text for file in files for text in docstrings(file)]
+
+
+def train_tokenizer(path, documents, vocab_size):
+    """LLaMA's kind of sentencepiece model: BPE, a piece per digit, bytes for rare characters."""
+    # Repeated, the passkey sentences get a piece per word: a short needle rarely meets the border of a chunk.
+    sentences = [TASK, FILLER, NEEDLE.format(key=71432), QUESTION] * 500
+    lines = [text[k:k + 2000] for text in documents for k in range(0, len(text), 2000)]
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences + lines), model_writer=file, model_type="bpe",
+            vocab_size=vocab_size, byte_fallback=True, split_digits=True, character_coverage=0.9995,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2)
+    os.replace(part, path)
+
+
+@dataclass
+class Corpus:
+    """What batches are drawn from."""
+    tokenizer: Tokenizer
+    documents: list[str]
+    sentences: list[str]   # of 20 to 120 characters, to repeat as filler
+    stream: list[int]      # all documents in random order, each between <s> and </s>
+    shortest: int          # row of a passkey prompt without filler
+
+
+def make_corpus(args, tokenizer, documents, config):
+    """The Corpus of these documents."""
+    sentences = [part.strip() + "." for text in documents for part in text.split(". ")]
+    sentences = [text for text in sentences if 20 <= len(text) <= 120]
+    stream = []
+    for text in random.Random(args.seed).sample(documents, len(documents)):
+        stream += tokenizer.encode(text, bos=True) + [config.eos_token_id[0]]
+    fixed = (TASK, NEEDLE.format(key=71432), QUESTION, ANSWER.format(key=71432))
+    shortest = 1 + sum(len(tokenizer.encode(text, bos=False)) for text in fixed)
+    return Corpus(tokenizer, documents, sentences, stream, shortest)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# one batch: a function of (seed, step)
+
+def random_filler(rng, corpus):
+    """The evaluation's own filler, repeated sentences, prose, word salad, or sentences with numbers."""
+    kind = rng.random()
+    text = rng.choice(corpus.documents)
+    if kind < 0.30:
+        return FILLER
+    if kind < 0.55:
+        return " ".join(rng.choices(corpus.sentences, k=rng.randint(1, 8)))
+    if kind < 0.75:
+        start = rng.randrange(max(1, len(text) - 1500))
+        return text[start:start + 1500]
+    words = rng.choices(text.split(), k=rng.randint(5, 200))
+    if kind < 0.90:
+        return " ".join(words)
+    return " ".join(f"The {word} is {rng.randint(0, 99999)}." for word in words[:30])
+
+
+def passkey_row(rng, corpus, length, eos):
+    """(length + 1 ids, length weights of the loss): a passkey prompt, its answer, and </s>."""
+    key, encode = str(rng.randint(10000, 99999)), corpus.tokenizer.encode
+    answer = encode(ANSWER.format(key=key), bos=False) + [eos]
+    before, needle, after = passkey_parts(
+        corpus.tokenizer, length + 1 - len(answer), rng.random(), key, random_filler(rng, corpus))
+    cut, gap = len(needle), 0
+    if rng.random() < 0.2:  # filler inside the needle, as where the border of a chunk cuts it
+        cut, gap = rng.randrange(1, cut), rng.randint(0, len(after) - len(encode(QUESTION, bos=False)))
+    ids = before + needle[:cut] + after[:gap] + needle[cut:] + after[gap:]
+    weights = [0.1] * (len(ids) - 1) + [8.0] * len(answer)  # filler need not be predicted
+    digits = answer[1:-2]
+    for k in [k for k in range(len(ids)) if ids[k:k + len(digits)] == digits][1:]:
+        weights[k - 1:k - 1 + len(digits)] = [4.0] * len(digits)  # second mention: a first lesson in copying
+    return ids + answer, weights
+
+
+def batch(step, args, corpus, config):
+    """(ids (B, T + 1), weights (B, T)) of a step: even rows are passkeys, odd ones prose, all as long, no padding.
+
+    T grows to the window during the first args.grow steps: copying is found much sooner over short distances.
+    """
+    rng = random.Random(f"{args.seed}/{step}")
+    longest = corpus.shortest + (args.window - corpus.shortest) * (step + 100) // (args.grow + 100)
+    longest = min(longest, args.window)
+    length = longest if rng.random() < 0.5 else rng.randint(corpus.shortest, longest)
+    rows = []
+    for _ in range(args.batch * args.window // length // 2):
+        rows.append(passkey_row(rng, corpus, length, config.eos_token_id[0]))
+        start = rng.randrange(len(corpus.stream) - length)
+        rows.append(([config.bos_token_id] + corpus.stream[start:start + length], [1.0] * length))
+    ids, weights = zip(*rows)
+    return torch.tensor(ids), torch.tensor(weights)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the model and its folder
+
+def new_model(args):
+    """A LLaMA with fresh weights: the one place that decides its shape."""
+    config = Config(
+        vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.width * 8 // 3 // 8 * 8,
+        num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.kv_heads,
+        head_dim=args.width // args.heads, rms_norm_eps=1e-5, rope_theta=args.rope_theta,
+        max_position_embeddings=args.window, train_len=args.window, tie_word_embeddings=True, dtype=args.store,
+        freq=args.position, cosine_attention=args.cosine)
+    model = Llama(config)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:  # norms stay at one; what writes to the residual starts smaller, as in GPT-2
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            torch.nn.init.normal_(weight, std=0.02 / math.sqrt(2 * args.layers) if writes else 0.02)
+    return model
+
+
+def own_keys(config):
+    """What config.json says of positions that Hugging Face's LLaMA does not know; nothing for a plain rotary model."""
+    keys = {"position_encoding": config.freq, "cosine_attention": config.cosine_attention}
+    return {name: value for name, value in keys.items() if value not in ("rope", None)}
+
+
+def write_json(path, data):
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def write_folder(out, model):
+    """The Hugging Face files beside tokenizer.model; the weights last, so a folder that has them is whole."""
+    c = model.config
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings",
+             "tie_word_embeddings", "attention_bias", "mlp_bias")
+    marks = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id[0]}
+    write_json(out / "config.json", {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "rope_scaling": None, "torch_dtype": c.dtype, **{name: getattr(c, name) for name in sizes}, **marks,
+        **own_keys(c)})
+    write_json(out / "generation_config.json", marks)
+    write_json(out / "tokenizer_config.json", {
+        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "add_bos_token": True, "add_eos_token": False, "legacy": True, "clean_up_tokenization_spaces": False,
+        "model_max_length": c.max_position_embeddings})
+    stored = getattr(torch, c.dtype)
+    tensors = {name: weight.detach().to(stored).contiguous() for name, weight in model.named_parameters()}
+    (out / "model.part").write_bytes(save(tensors, metadata={"format": "pt"}))
+    os.replace(out / "model.part", out / "model.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the run
+
+def settings(argv=None):
+    """The command line."""
+    p = argparse.ArgumentParser(description="Train a tiny LLaMA; an interrupted run continues.",
+                                usage="%(prog)s --out FOLDER [flags]; --help lists them")
+    p.add_argument("--out", type=Path, required=True, help="folder to write")
+    p.add_argument("--steps", type=number(int, 1), default=2000)
+    p.add_argument("--batch", type=number(int, 1), default=16, help="rows of a step, if as long as the window")
+    p.add_argument("--window", type=number(int, 64), default=256, help="longest input, in tokens")
+    p.add_argument("--vocab", type=number(int, 300), default=1024)
+    p.add_argument("--width", type=number(int, 1), default=128)
+    p.add_argument("--layers", type=number(int, 1), default=5)
+    p.add_argument("--heads", type=number(int, 1), default=4)
+    p.add_argument("--kv-heads", type=number(int, 1), default=2)
+    # LLaMA's 10,000 goes with a window of 2,048 or 4,096, where its slowest pair of channels turns 0.24 or 0.47
+    # radians; 500 makes that 0.75 in 256 tokens. With 10,000 it is 0.05, and plain RoPE itself reaches four windows.
+    p.add_argument("--rope-theta", type=number(float, 2), default=500.0)
+    p.add_argument("--lr", type=number(float, 1e-9, 1), default=3e-3, help="the highest learning rate")
+    p.add_argument("--position", choices=ENCODINGS, default="rope", help="how the model knows where tokens are")
+    p.add_argument("--cosine", type=number(float, 1e-3), metavar="S", help="CosScale: logits are S cos(q, k)")
+    p.add_argument("--warmup", type=number(int, 0), default=150, help="steps of rising learning rate")
+    p.add_argument("--grow", type=number(int, 0), default=500, help="steps over which rows grow to the window")
+    p.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=1)
+    p.add_argument("--compute", choices=("bfloat16", "float32"), default="bfloat16", help="type of products")
+    p.add_argument("--store", choices=("bfloat16", "float32"), default="float32", help="type of the result")
+    p.add_argument("--save-every", type=number(int, 1), default=100, help="steps between saves of the unfinished run")
+    args = p.parse_args(argv)
+    if args.width % args.heads or args.width // args.heads % 2 or args.heads % args.kv_heads:
+        p.error("--heads must divide --width into even widths, and --kv-heads divide --heads")
+    return args
+
+
+def make_optimizer(model, lr):
+    """AdamW; matrices decay, norms do not."""
+    matrices, norms = ([w for w in model.parameters() if (w.ndim == 2) is wide] for wide in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then half a cosine down to a fiftieth."""
+    fall = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+    return args.lr * min((step + 1) / max(args.warmup, 1), fall)
+
+
+def train_step(step, args, model, optimizer, corpus):
+    """One update; returns (loss of prose, loss of answers, share of right digits) on the batch before it."""
+    ids, weights = batch(step, args, corpus, model.config)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+    with torch.autocast("cpu", torch.bfloat16, enabled=args.compute == "bfloat16"):
+        logits = model(ids[:, :-1], model.plan(n=ids.shape[1] - 1))
+    loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    loss = loss.view_as(weights)
+    optimizer.zero_grad()
+    ((loss * weights).sum() / weights.sum()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    # passkey rows are the even ones; they end in five digits, "." and </s>
+    right = logits[::2, -7:-2].argmax(-1) == ids[::2, -7:-2]
+    return torch.stack([loss[1::2].mean(), loss[::2, -7:].mean(), right.float().mean()]).detach()
+
+
+def save_state(path, args, step, model, optimizer, curve):
+    """Write the unfinished run so that a kill at any moment leaves the old file or the new one."""
+    part = path.with_suffix(".part")
+    torch.save({"settings": record(args), "step": step, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "curve": curve}, part)
+    os.replace(part, path)
+
+
+def restore_state(path, args, model, optimizer):
+    """(step, curve) of the unfinished run, loaded into model and optimizer; (0, []) where there is none."""
+    if not path.exists():
+        return 0, []
+    state = torch.load(path, weights_only=True)
+    if state["settings"] != record(args):
+        raise ValueError(f"{path}: an unfinished run with other settings; finish or delete it: {state['settings']}")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["curve"]
+
+
+def record(args):
+    """The settings that decide the weights, as plain data."""
+    return {name: value for name, value in vars(args).items() if name not in ("out", "save_every")}
+
+
+def train(args, model, corpus):
+    """All steps that are left; returns the curve, [{step, prose, answer, digits, seconds}]."""
+    optimizer = make_optimizer(model, args.lr)
+    done, curve = restore_state(args.out / STATE, args, model, optimizer)
+    start, seen = time.time() - (curve[-1]["seconds"] if curve else 0), []
+    for step in range(done, args.steps):
+        seen.append(train_step(step, args, model, optimizer, corpus))
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            prose_loss, answer_loss, digits = (round(x, 4) for x in torch.stack(seen).mean(0).tolist())
+            curve.append({"step": step + 1, "prose": prose_loss, "answer": answer_loss, "digits": digits,
+                          "seconds": round(time.time() - start)})
+            print(*(f"{name} {value}" for name, value in curve[-1].items()), file=sys.stderr, flush=True)
+            save_state(args.out / STATE, args, step + 1, model, optimizer, curve)
+            seen = []
+    return curve
+
+
+def main(argv=None):
+    args = settings(argv)
+    print("train", *(f"{name}={value}" for name, value in vars(args).items()), flush=True)
+    if (args.out / "training.json").exists():
+        raise ValueError(f"{args.out} holds a finished run; choose another --out, or delete it")
+    torch.set_num_threads(1)  # so that sums are made in one order, and a rerun gives the same weights
+    torch.manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    model, documents = new_model(args), prose()
+    if not (args.out / STATE).exists():
+        train_tokenizer(args.out / "tokenizer.model", documents, args.vocab)
+    corpus = make_corpus(args, load_tokenizer(args.out, model.config), documents, model.config)
+    curve = train(args, model, corpus)
+    write_folder(args.out, model)
+    write_json(args.out / "training.json", {
+        "command": " ".join(["python", "train.py", *(argv if argv is not None else sys.argv[1:])]),
+        "date": datetime.date.today().isoformat(), "settings": record(args),
+        "parameters": sum(w.numel() for w in model.parameters()), "prose_tokens": len(corpus.stream),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "sentencepiece": sentencepiece.__version__},
+        "curve_is": "means since the last entry: nats per token of prose and answers, share of right digits",
+        "curve": curve})
+    (args.out / STATE).unlink()
+
+
+if __name__ == "__main__":
+    run_command(main, "train.py")
