@@ -38,8 +38,13 @@ def attend(q, k, v, plan, impl="auto", kept=None):
         raise ValueError(f"impl={impl} has no gradient: use dense or auto")
     if impl == "dense" or impl == "auto" and wants_gradient:
         return attend_dense(q, k, v, plan)
-    if impl == "triton" or impl == "auto" and q.is_cuda and triton_missing(q) is None:
-        return attend_triton(q, k, v, plan)
+    if impl == "triton" or impl == "auto" and q.is_cuda:
+        missing = triton_missing(q)
+        if missing is None:
+            from kernels import attend_triton  # here, so that other machines need no Triton
+            return attend_triton(q, k, v, plan)
+        if impl == "triton":
+            raise ValueError(f"impl=triton: this machine lacks {missing}")
     return attend_tiled(q, k, v, plan, kept=kept)
 
 
@@ -51,15 +56,6 @@ def triton_missing(q):
     if not hasattr(triton, "knobs"):
         return "Triton 3.4 or newer"
     return None if q.is_cuda or triton.knobs.runtime.interpret else "a CUDA device"
-
-
-def attend_triton(q, k, v, plan):
-    """The kernels of kernels.py, which is only imported here; ValueError where they cannot run."""
-    missing = triton_missing(q)
-    if missing:
-        raise ValueError(f"impl=triton: this machine lacks {missing}")
-    import kernels
-    return kernels.attend_triton(q, k, v, plan)
 
 
 def check_shapes(q, k, v, plan):

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import torch
 
-from attention import IMPLEMENTATIONS
-from generate import (FILLER, NEEDLE, QUESTION, TASK, decode, find_checkpoint, number, pick_device, pick_dtype,
-                      plan_maker, prefill, sample, say, warnings)
-from model import DTYPES, Config, load_model, load_tokenizer
+from generate import (FILLER, NEEDLE, QUESTION, TASK, decode, new_parser, number, opened, placed, plan_maker, prefill,
+                      read_text, sample, say, warnings)
+from model import load_model
 from positions import METHODS, figure_class, parse_settings, run_command
 
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry")  # owners of several keys
@@ -65,16 +64,18 @@ def build(tokenizer, n, depth, keys, filler):
     return ids + list(itertools.islice(fill, room - done)) + question, span
 
 
-def cases(args, tokenizer, n):
-    """[(cell, trial, key, ids, span)] of one length: args.depths cells of the depth range, args.trials needles in each,
-    all evenly spread from the start to the end; keys and the place in a text filler are fixed by the seed."""
-    try:
-        text = FILLER if args.filler == "repeat" else Path(args.filler).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{args.filler}: not UTF-8 text") from None
-    fill, count, out = tokenizer.encode(text, bos=False), args.depths * args.trials, []
+def filler_ids(args, tokenizer):
+    """Token ids of --filler."""
+    fill = tokenizer.encode(FILLER if args.filler == "repeat" else read_text(args.filler), bos=False)
     if not fill:
         raise ValueError(f"{args.filler}: an empty filler")
+    return fill
+
+
+def cases(args, tokenizer, n, fill):
+    """[(cell, trial, key, ids, span)] of one length: args.depths cells of the depth range, args.trials needles in each,
+    all evenly spread from the start to the end; keys and the place in a text filler are fixed by the seed."""
+    count, out = args.depths * args.trials, []
     for t in range(count):
         rng = random.Random(f"{args.seed}-{n}-{t}")
         keys = [str(rng.randrange(10000, 100000)) for _ in range(args.needles)]
@@ -163,12 +164,12 @@ def fingerprint(path):
     return h.hexdigest()[:16]
 
 
-def run_grid(args, model, tokenizer, results):
+def run_grid(args, model, tokenizer, fill, results):
     """Every trial of every method and length that results does not hold yet."""
     total = len(args.methods) * sum(args.lengths)
     start, done, spent = time.perf_counter(), 0, 0
     for n in args.lengths:
-        prompts = cases(args, tokenizer, n)
+        prompts = cases(args, tokenizer, n, fill)
         size = max(1, BATCH // n)
         for spec in args.methods:
             missing = [c for c in prompts if (spec, n, c[0], c[1]) not in results.rows]
@@ -275,8 +276,7 @@ def plot(rows, methods, lengths, cells, L, path):
 # the command line
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     usage="%(prog)s [flags]; --help lists them")
+    parser, flag = new_parser(__doc__)
 
     def names(text):
         found = [m for m in METHODS if m != "longrope"] if text == "all" else [part for part in text.split(",") if part]
@@ -286,43 +286,32 @@ def parse_args(argv):
 
     def counts(text):
         return [number(int, 1)(part) for part in text.split(",")]
-    flag = parser.add_argument
-    flag("--methods", type=names, default=["rope", "pi", "rerope", "self-extend", "mesa"],
+    flag("methods", type=names, default=["rope", "pi", "rerope", "self-extend", "mesa"],
          help="comma-separated, each name[:parameter=value...], freq=... and attn-scale=... among them; or all")
-    flag("--lengths", type=counts, help="in tokens; default: 1,2,4,8 times the window")
-    flag("--depths", type=number(int, 1), default=5, help="cells that the depth range is divided into")
-    flag("--trials", type=number(int, 1), default=4, help="prompts per method, length and depth")
-    flag("--filler", default="repeat", metavar="repeat|FILE", help="five repeated sentences, or a UTF-8 text")
-    flag("--needles", type=number(int, 1, len(NAMES)), default=1, help="keys in a prompt; one is asked for")
-    flag("--kmax", action="store_true", help=f"the effective window: {GRID} depths, 10 trials, a fifth right")
-    flag("--results", default="results.jsonl", metavar="FILE")
-    flag("--plot", metavar="FILE", help="heatmaps and accuracy by length as a picture (needs matplotlib)")
-    flag("--ckpt", default="tiny")
-    flag("--seed", type=number(int, 0), default=0)
-    flag("--dtype", choices=["auto", *DTYPES], default="auto")
-    flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
-    flag("--impl", choices=IMPLEMENTATIONS, default="auto")
-    flag("--train-len", "--train_len", type=number(int, 1))
+    flag("lengths", type=counts, help="in tokens; default: 1,2,4,8 times the window")
+    flag("depths", type=number(int, 1), default=5, help="cells that the depth range is divided into")
+    flag("trials", type=number(int, 1), default=4, help="prompts per method, length and depth")
+    flag("filler", default="repeat", metavar="repeat|FILE", help="five repeated sentences, or a UTF-8 text")
+    flag("needles", type=number(int, 1, len(NAMES)), default=1, help="keys in a prompt; one is asked for")
+    flag("kmax", action="store_true", help=f"the effective window: {GRID} depths, 10 trials, a fifth right")
+    flag("results", default="results.jsonl", metavar="FILE")
+    flag("plot", metavar="FILE", help="heatmaps and accuracy by length as a picture (needs matplotlib)")
+    flag("seed", type=number(int, 0), default=0)
     args = parser.parse_args(argv)
     if args.kmax:
         args.depths, args.trials = GRID, 10
     return args
 
 
-def prepare(args):
-    """(path, Config, tokenizer, device, dtype) of a command line, its methods checked before anything long."""
-    path = find_checkpoint(args.ckpt)
-    config = Config.from_hf(path, args.train_len)
-    tokenizer = load_tokenizer(path, config)
+def check(args, config, tokenizer, fill):
+    """Look at lengths, methods and the want of matplotlib before anything long; warnings of what will not work well."""
     if args.plot:
-        figure_class()  # better missed now than after the grid
-    args.lengths = args.lengths or [config.train_len * k for k in (1, 2, 4, 8)]
+        figure_class()
     for n in args.lengths:
+        build(tokenizer, n, 0.5, ["12345"] * args.needles, fill)
         for spec in args.methods:
             for warning in warnings(config, n, *parse_method(spec)):
                 say(f"warning: {warning}")
-    device = pick_device(args.device)
-    return path, config, tokenizer, device, pick_dtype(args.dtype, config.dtype, device)
 
 
 def report(args, results, L):
@@ -344,16 +333,18 @@ def report(args, results, L):
 def run(argv=None):
     """The command: its exit code."""
     args = parse_args(argv)
-    path, config, tokenizer, device, dtype = prepare(args)
-    for n in args.lengths:
-        cases(args, tokenizer, n)
+    path, config, tokenizer = opened(args)
+    args.lengths = args.lengths or [config.train_len * k for k in (1, 2, 4, 8)]
+    fill = filler_ids(args, tokenizer)
+    check(args, config, tokenizer, fill)
+    device, dtype = placed(args, config)
     settings = {"ckpt": args.ckpt, "weights": fingerprint(path), "seed": args.seed, "depths": args.depths,
                 "trials": args.trials, "filler": args.filler, "needles": args.needles, "train_len": config.train_len,
                 "dtype": str(dtype).removeprefix("torch."), "impl": args.impl}
     say(" ".join(f"{name}={value}" for name, value in {**settings, "methods": ",".join(args.methods), "device": device,
                                                          "lengths": ",".join(map(str, args.lengths))}.items()))
     results = Results(args.results, settings)
-    run_grid(args, load_model(path, config, dtype, device), tokenizer, results)
+    run_grid(args, load_model(path, config, dtype, device), tokenizer, fill, results)
     report(args, results, config.train_len)
     return 0
 

@@ -10,17 +10,15 @@ Loss by position: each document is `length` tokens in one pass, BOS in front, a 
 Sliding window (arXiv 2306.15595, section 3.2): windows of `window` tokens, BOS in front of each, every `stride` tokens;
 one scores only the tokens that no earlier one has scored, so all but the first see window - stride tokens or more.
 """
-import argparse
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from attention import IMPLEMENTATIONS
 from eval_passkey import Results, fingerprint, parse_method, select
-from generate import find_checkpoint, number, pick_device, pick_dtype, plan_maker, say, warnings
-from model import DTYPES, Config, KVCache, load_model, load_tokenizer
+from generate import new_parser, number, opened, placed, plan_maker, read_text, say, warnings
+from model import KVCache, load_model
 from positions import figure_class, run_command
 
 
@@ -122,37 +120,22 @@ def plot(args, rows, L):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     usage="%(prog)s [flags]; --help lists them")
-    flag = parser.add_argument
-    flag("text", metavar="FILE", help="a UTF-8 text")
-    flag("--methods", type=lambda text: [part for part in text.split(",") if part],
+    parser, flag = new_parser(__doc__)
+    parser.add_argument("text", metavar="FILE", help="a UTF-8 text")
+    flag("methods", type=lambda text: [part for part in text.split(",") if part],
          default=["rope", "rerope", "self-extend", "mesa"], help="comma-separated, as in eval_passkey.py")
-    flag("--length", type=number(int, 2), help="loss by position: tokens per document; default: 8 times the window")
-    flag("--documents", type=number(int, 1), default=1, help="consecutive parts of the text, of --length tokens each")
-    flag("--buckets", type=number(int, 1), default=8, help="stretches that a document is divided into")
-    flag("--window", type=number(int, 2), help="sliding-window perplexity with windows of so many tokens instead")
-    flag("--stride", type=number(int, 1), default=256)
-    flag("--tokens", type=number(int, 2), help="with --window: use only the first so many tokens of the text")
-    flag("--results", default="perplexity.jsonl", metavar="FILE")
-    flag("--plot", metavar="FILE", help="loss by position as a picture (needs matplotlib)")
-    flag("--ckpt", default="tiny")
-    flag("--dtype", choices=["auto", *DTYPES], default="auto")
-    flag("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
-    flag("--impl", choices=IMPLEMENTATIONS, default="auto")
-    flag("--train-len", "--train_len", type=number(int, 1))
+    flag("length", type=number(int, 2), help="loss by position: tokens per document; default: 8 times the window")
+    flag("documents", type=number(int, 1), default=1, help="consecutive parts of the text, of --length tokens each")
+    flag("buckets", type=number(int, 1), default=8, help="stretches that a document is divided into")
+    flag("window", type=number(int, 2), help="sliding-window perplexity with windows of so many tokens instead")
+    flag("stride", type=number(int, 1), default=256)
+    flag("tokens", type=number(int, 2), help="with --window: use only the first so many tokens of the text")
+    flag("results", default="perplexity.jsonl", metavar="FILE")
+    flag("plot", metavar="FILE", help="loss by position as a picture (needs matplotlib)")
     args = parser.parse_args(argv)
     if args.window and (args.length or args.plot):
         parser.error("--window is another protocol than --length and --plot")
     return args
-
-
-def read_text(path, tokenizer, most):
-    """The first `most` (None: all) token ids of a text file, without BOS."""
-    try:
-        return tokenizer.encode(Path(path).read_text(encoding="utf-8-sig"), bos=False)[:most]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None
 
 
 def check(args, config, tokenizer, ids):
@@ -173,13 +156,11 @@ def check(args, config, tokenizer, ids):
 def run(argv=None):
     """The command: its exit code."""
     args = parse_args(argv)
-    path = find_checkpoint(args.ckpt)
-    config = Config.from_hf(path, args.train_len)
-    tokenizer, L = load_tokenizer(path, config), config.train_len
-    args.length, ids = args.length or 8 * L, read_text(args.text, tokenizer, args.tokens)
+    path, config, tokenizer = opened(args)
+    L, ids = config.train_len, tokenizer.encode(read_text(args.text), bos=False)[:args.tokens]
+    args.length = args.length or 8 * L
     check(args, config, tokenizer, ids)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, config.dtype, device)
+    device, dtype = placed(args, config)
     protocol = {"window": args.window, "stride": args.stride, "text_tokens": len(ids)} if args.window else {
         "length": args.length, "buckets": args.buckets}
     settings = {"ckpt": args.ckpt, "weights": fingerprint(path), "text": Path(args.text).name, **protocol,

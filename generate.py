@@ -130,6 +130,19 @@ def find_checkpoint(name):
     raise FileNotFoundError(f"no checkpoint folder {name} (looked at {', '.join(map(str, places))})")
 
 
+def opened(args):
+    """(folder, Config, tokenizer) of --ckpt and --train-len."""
+    path = find_checkpoint(args.ckpt)
+    config = Config.from_hf(path, args.train_len)
+    return path, config, load_tokenizer(path, config)
+
+
+def placed(args, config):
+    """(device, dtype) of --device and --dtype."""
+    device = pick_device(args.device)
+    return device, pick_dtype(args.dtype, config.dtype, device)
+
+
 def pick_device(name):
     """The torch device for --device, "auto" being the best one there is."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -149,17 +162,22 @@ def pick_dtype(name, stored, device):
     return DTYPES[name]
 
 
+def read_text(path):
+    """The text of a UTF-8 file, - for stdin; ValueError where it is something else."""
+    raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
 def read_prompt(args):
     """The prompt's text, or None where none is given."""
     if args.prompt_file is None:
         return args.prompt
     if args.prompt is not None:
         raise ValueError("give --prompt or --prompt-file, not both")
-    raw = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{args.prompt_file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    return read_text(args.prompt_file)
 
 
 def prompt_ids(args, tokenizer, L):
@@ -237,14 +255,24 @@ def number(kind, least, most=float("inf")):
     return parse
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+def new_parser(description):
+    """(parser, flag) of a script that runs a model, the flags about the model in it; flag("a-b") also takes --a_b."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0], allow_abbrev=False,
                                      usage="%(prog)s [flags]; --help lists them")
 
-    def flag(name, **options):  # underscores are accepted where there are dashes
+    def flag(name, **options):
         parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}")), **options)
-    flag("method", help="see --list-methods; default: what config.json says")
     flag("ckpt", default="tiny", help="a folder, or a name in this one or in checkpoints/")
+    flag("dtype", choices=["auto", *DTYPES], default="auto")
+    flag("device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
+    flag("impl", choices=IMPLEMENTATIONS, default="auto", help="how attention is computed")
+    flag("train-len", type=number(int, 1), help="override the training length L of config.json")
+    return parser, flag
+
+
+def parse_args(argv):
+    parser, flag = new_parser(__doc__)
+    flag("method", help="see --list-methods; default: what config.json says")
     flag("prompt", help="text to continue; default: a passkey prompt of 8 times the window")
     flag("prompt-file", metavar="PATH", help="read the prompt from a UTF-8 file, - for stdin")
     flag("max-new-tokens", type=number(int, 1, 10 ** 9), default=64)
@@ -252,14 +280,10 @@ def parse_args(argv):
     flag("top-k", type=number(int, 0), default=0, help="0 is all")
     flag("top-p", type=number(float, 0, 1), default=1.0)
     flag("seed", type=number(int, 0, 2 ** 63 - 1), default=1337)
-    flag("dtype", choices=["auto", *DTYPES], default="auto")
-    flag("device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
-    flag("impl", choices=IMPLEMENTATIONS, default="auto", help="how attention is computed")
     flag("prefill-chunk", type=number(int, 1), default=2048, help="tokens per piece of the prefill")
     flag("set", action="append", default=[], metavar="name=value", help="a parameter of the method; repeatable")
     flag("freq", choices=FREQUENCIES, help="frequencies, for a method that has none of its own; default: the model's")
     flag("attn-scale", choices=SCALES, help="default: the method's own")
-    flag("train-len", type=number(int, 1), help="override the training length L of config.json")
     flag("list-methods", action="store_true")
     flag("explain", action="store_true", help="say what the method would do with this prompt, and stop")
     return parser.parse_args(argv)
@@ -337,9 +361,7 @@ def run(argv=None):
     if args.list_methods:
         list_methods()
         return 0
-    path, params = find_checkpoint(args.ckpt), parse_settings(args.set)
-    config = Config.from_hf(path, args.train_len)
-    tokenizer = load_tokenizer(path, config)
+    (path, config, tokenizer), params = opened(args), parse_settings(args.set)
     how = args.method, args.freq, args.attn_scale, params
     config.plan(args.method, n=1, freq=args.freq, attn_scale=args.attn_scale, **params)  # names, before anything long
     ids = prompt_ids(args, tokenizer, config.train_len)
@@ -348,8 +370,7 @@ def run(argv=None):
     if args.explain:
         print(explain(config, len(ids), *how))
         return 0
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, config.dtype, device)
+    device, dtype = placed(args, config)
     model = load_model(path, config, dtype, device)
     say(settings_line(args, config, len(ids), dtype, device))
     return stream(model, tokenizer, ids, args, params, device)

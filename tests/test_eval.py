@@ -39,12 +39,13 @@ def test_prompt_is_exact_and_holds_every_key(tokenizer, n, keys):
 
 def test_needles_are_spread_evenly_and_keys_follow_the_seed(tokenizer):
     args = SimpleNamespace(depths=5, trials=3, seed=1, filler="repeat", needles=1)
-    rows = cases(args, tokenizer, 300)
+    fill = eval_passkey.filler_ids(args, tokenizer)
+    rows = cases(args, tokenizer, 300, fill)
     places = [span[0] for *_, span in rows]
     assert max(abs((b - a) - (places[1] - places[0])) for a, b in zip(places, places[1:])) <= 1
     assert [cell for cell, *_ in rows] == [c for c in range(5) for _ in range(3)]
-    again = cases(args, tokenizer, 300)
-    other = cases(SimpleNamespace(**{**vars(args), "seed": 2}), tokenizer, 300)
+    again = cases(args, tokenizer, 300, fill)
+    other = cases(SimpleNamespace(**{**vars(args), "seed": 2}), tokenizer, 300, fill)
     assert [r[2] for r in rows] == [r[2] for r in again] != [r[2] for r in other]
 
 
