@@ -204,26 +204,25 @@ def attend_fused(q, k, v, plan, kept=None):
 # tiled: what runs
 
 def attend_tiled(q, k, v, plan, block_q=256, block_k=1024, kept=None):
-    """Tile by tile, only tiles that some query sees, parts merged by their log-sum-exp: O(Tq + Tk) memory, never T x T.
+    """Region by region, piece by piece, merged by their log-sum-exp: O(Tq + Tk) memory, never T x T.
 
-    Rows are cut where an interval jumps (the chunk borders of Mesa), so that within a block every region is a rectangle
-    that all rows see, and edges no wider than the block, which are masked. block_k bounds a rectangle's width where
-    PyTorch has no fused call for it.
+    The rows of a region are cut into runs, of which each sees a rectangle, a triangle or a sliding window of keys. The
+    first two go to PyTorch's fused attention whole, windows in blocks of block_q rows with a mask for the ragged edge.
+    Where there is no fused call, ALiBi and other devices, every piece is at most block_q rows by block_k keys.
     """
-    (q, k), out = sharpened(q, k, plan), torch.empty_like(q)
-    keys = [rotated_keys(k, plan, r, q.shape[2] == 1 and kept) for r in plan.regions]
-    step = k.shape[2] if q.device.type == "cpu" and plan.slopes is None else block_k
-    for a, b in row_blocks(plan, block_q):
-        parts = []
-        for r, (first, turned_k) in zip(plan.regions, keys):
-            if r.end[a] <= r.start[a]:  # nothing to see in this region for the whole block
-                continue
-            rows = fold(turned(q[:, :, a:b], plan, r.q_pos, slice(a, b)), k.shape[1])
-            for lo, hi, ragged in pieces(r, a, b, step):
-                bias = piece_bias(plan, r, slice(a, b), slice(lo, hi), ragged, q, k.shape[1])
-                parts.append(attend_piece(rows, turned_k[:, :, lo - first:hi - first], v[:, :, lo:hi], bias))
-        out[:, :, a:b] = merge(parts).view(out[:, :, a:b].shape)
-    return out
+    q, k = sharpened(q, k, plan)
+    out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    lse = torch.full(q.shape[:3], NEVER, device=q.device)
+    fused = has_fused(q, plan)
+    for r in plan.regions:
+        first, keys = rotated_keys(k, plan, r, q.shape[2] == 1 and kept)
+        for a, b in row_blocks(r, block_q, fused):
+            rows = turned(q[:, :, a:b], plan, r.q_pos, slice(a, b))
+            for lo, hi, kind in pieces(r, a, b, k.shape[2] if fused else block_k, fused):
+                bias = piece_bias(plan, r, slice(a, b), slice(lo, hi), kind, q.device)
+                part = attend_piece(rows, keys[:, :, lo - first:hi - first], v[:, :, lo:hi], bias, kind == "triangle")
+                merge(out[:, :, a:b], lse[:, :, a:b], *part)
+    return out.to(q.dtype)
 
 
 def rotated_keys(k, plan, r, kept=None):
@@ -235,71 +234,88 @@ def rotated_keys(k, plan, r, kept=None):
     return first, turned(k[:, :, first:stop], plan, r.k_pos, slice(first, stop))
 
 
-def fold(q, Hkv):
-    """(B, H, T, D) -> (B, Hkv, G*T, D): the query heads of a key head as its rows, so that keys are never repeated."""
-    B, H, T, D = q.shape
-    return q.reshape(B, Hkv, H // Hkv * T, D)
+def has_fused(q, plan):
+    """Whether there is a fused call for pieces of any size."""
+    return q.device.type == "cpu" and plan.slopes is None
 
 
-def row_blocks(plan, block):
-    """(a, b) ranges of rows, at most block long, within which no start or end moves by more than one key per row."""
-    T = len(plan.regions[0].q_pos)
-    cuts = set(range(0, T, block)) | {T}
-    for r in plan.regions:
-        jump = (r.start.diff().abs() > 1) | (r.end.diff().abs() > 1) | ((r.end > r.start).int().diff() != 0)
-        cuts.update((jump.nonzero().flatten() + 1).tolist())
-    return list(itertools.pairwise(sorted(cuts)))
+def row_blocks(r, block, fused):
+    """(a, b) ranges of the rows that see something in region r, within which start and end each stand still or move by
+    one key per row; of at most `block` rows, but whole where start stands still and there is a fused call."""
+    T, live = len(r.start), r.end > r.start
+    steps = torch.stack((r.start.diff(), r.end.diff()))
+    jump = (steps.abs() > 1).any(0) | live.diff()
+    turn = (steps.diff() != 0).any(0) & ~jump[:-1]  # a run's own first step may be any
+    jump[1:] |= turn
+    cuts = [0, *(jump.nonzero().flatten() + 1).tolist(), T]
+    for a, b in itertools.pairwise(cuts):
+        if live[a]:
+            whole = fused and r.start[a] == r.start[b - 1]
+            yield from ((c, min(c + block, b)) for c in range(a, b, block)) if not whole else [(a, b)]
 
 
-def pieces(r, a, b, step):
-    """Cut the keys that rows a..b see in region r into (lo, hi, ragged): what all rows see, and ragged edges.
+def pieces(r, a, b, step, fused):
+    """Cut the keys that rows a..b see in region r into (lo, hi, kind): a "rectangle" that all rows see in steps, and
+    what is ragged: a "triangle" of b - a keys of which each row sees one more, or an "edge" that needs a mask.
 
-    Rows 4 5 6 with a window of 4 see [1,5) [2,6) [3,7): the edge [1,3), the rectangle [3,5), the edge [5,7).
+    Rows 4 5 6 with a window of 4 see [1,5) [2,6) [3,7): the edge [1,3), the rectangle [3,4), the triangle [4,7).
     """
     l0, l1, h0, h1 = (int(x) for x in (r.start[a], r.start[b - 1], r.end[a], r.end[b - 1]))
     if l1 >= h0:
-        return [(l0, h1, True)]
-    inner = [(lo, min(lo + step, h0), False) for lo in range(l1, h0, step)]
-    return [(l0, l1, True)] * (l1 > l0) + inner + [(h0, h1, True)] * (h1 > h0)
+        return [(l0, h1, "edge")]
+    triangle = fused and h1 - h0 == b - a - 1 > 0
+    top = h0 - triangle
+    inner = [(lo, min(lo + step, top), "rectangle") for lo in range(l1, top, step)]
+    last = [(top, h1, "triangle" if triangle else "edge")] * (h1 > top)
+    return [(l0, l1, "edge")] * (l1 > l0) + inner + last
 
 
-def piece_bias(plan, r, rows, keys, ragged, q, Hkv):
-    """Added to the folded scores of a piece, (B, Hkv or 1, G*rows, keys) float32 or None: ALiBi, -inf where unseen."""
-    bias = alibi_bias(plan, r, rows, keys, q.device)
-    if ragged:
-        j = torch.arange(keys.start, keys.stop)
-        outside = (j < r.start[rows, None]) | (j >= r.end[rows, None])
-        bias = torch.zeros(1, 1, 1, device=q.device) if bias is None else bias
-        bias = bias.masked_fill(outside.to(q.device), -math.inf)
-    if bias is None:
-        return None
-    bias = fold(bias[None], Hkv) if len(bias) > 1 else bias.repeat(1, q.shape[1] // Hkv, 1)[None]
-    return bias.expand(len(q), -1, -1, -1)
+def piece_bias(plan, r, rows, keys, kind, device):
+    """Added to the scores of a piece, (1, H or 1, rows, keys) float32 or None: ALiBi, -inf where an edge is unseen."""
+    bias = alibi_bias(plan, r, rows, keys, device)
+    if kind == "edge":
+        start, end = r.start[rows] - keys.start, r.end[rows] - keys.start
+        key = keys.stop - keys.start, *(int(x) for x in (start[0], start[-1], end[0], end[-1])), len(start), str(device)
+        if key not in plan.tables:  # the blocks of a sliding window have one and the same
+            j = torch.arange(keys.stop - keys.start)
+            outside = (j < start[:, None]) | (j >= end[:, None])
+            plan.tables[key] = torch.zeros(outside.shape).masked_fill_(outside, -math.inf).to(device)
+        bias = plan.tables[key][None] if bias is None else bias + plan.tables[key]
+    return None if bias is None else bias[None]
 
 
-def attend_piece(q, k, v, bias):
-    """Attention (B, Hkv, G*rows, D) of folded q over one piece, and its log-sum-exp (B, Hkv, G*rows) in float32."""
-    return (flash_piece if q.device.type == "cpu" else plain_piece)(q, k, v, bias)
+def attend_piece(q, k, v, bias, causal):
+    """Attention (B, H, rows, D) over one piece, and its log-sum-exp (B, H, rows) in float32."""
+    if q.device.type == "cpu":
+        return flash_piece(q, k, v, bias, causal)
+    return plain_piece(q, k, v, bias)
 
 
-def flash_piece(q, k, v, bias):
+def flash_piece(q, k, v, bias, causal=False):
     """attend_piece by PyTorch's flash kernel for CPUs; of a row that sees nothing it says log-sum-exp 0."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
-    return out, lse if bias is None else lse.masked_fill(bias.amax(-1) == -math.inf, NEVER)
+    shape = q.shape
+    if shape[2] == 1:  # decoding: the query heads of a key head become its rows, so that its keys are read once
+        q, bias = fold(q, k.shape[1]), None if bias is None else fold(bias, k.shape[1])
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, attn_mask=bias)
+    lse = lse if bias is None else lse.masked_fill(bias.amax(-1) == -math.inf, NEVER)
+    return out.reshape(shape), lse.reshape(shape[:3])
 
 
 def plain_piece(q, k, v, bias):
     """attend_piece in plain PyTorch, for any device."""
-    scores = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(q.shape[-1])
+    scores = (fold(q, k.shape[1]).float() @ k.float().transpose(-1, -2)).view(*q.shape[:3], -1) / math.sqrt(q.shape[-1])
     scores = scores if bias is None else scores + bias
     lse = scores.logsumexp(-1).clamp(min=NEVER)
-    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+    weights = (scores - lse[..., None]).exp().to(v.dtype)
+    return (fold(weights, k.shape[1]) @ v).view(q.shape), lse
 
 
-def merge(parts):
-    """The attention over disjoint sets of keys from the (output, log-sum-exp) of each set, in float32."""
-    out, lse = parts[0]
-    for other, its_lse in parts[1:]:
-        out = torch.lerp(out.float(), other.float(), torch.sigmoid(its_lse - lse)[..., None])
-        lse = torch.logaddexp(lse, its_lse)
-    return out
+def fold(x, Hkv):
+    """(B, H, T, *) -> (B, Hkv, G*T, *): the query heads of a key head as its rows, so that keys are never repeated."""
+    return x.reshape(x.shape[0], Hkv, -1, x.shape[-1])
+
+
+def merge(out, lse, part, its_lse):
+    """Add the attention over one more set of keys to out (B, H, T, D) and lse (B, H, T), float32, in place."""
+    out.lerp_(part.float(), torch.sigmoid(its_lse - lse)[..., None])
+    lse.copy_(torch.logaddexp(lse, its_lse))
