@@ -1,10 +1,13 @@
-"""Passkey retrieval: how often a model repeats five digits hidden in a long filler, by method, length and depth.
+"""Retrieval: how often a model repeats five digits hidden in a long prompt, by method, length and depth.
 
-Does: build prompts of an exact number of tokens; decode greedily; count the answers whose first integer is the key, and
-measure the log-probability of the key. Every trial goes to results.jsonl at once, and what is there is not run again,
-so an interrupted run continues. Does not: sample, or judge anything but the key.
+Does: three tasks, a passkey in filler (arXiv 2305.16300), and a line or a key-value pair asked of a record full of them
+(LongEval's lines, arXiv 2307.03172's pairs). Builds prompts of an exact number of tokens,
+decodes greedily, counts the answers whose first integer is the key, and measures the log-probability of the answer.
+Every trial goes to results.jsonl at once, and what is there is not run again, so an interrupted run continues.
+Does not: sample, or judge anything but the key.
 
     python eval_passkey.py --methods rope,pi:factor=8,rerope,self-extend:attn-scale=logn,mesa --lengths 256,512,1024
+    python eval_passkey.py --task lines
 """
 import argparse
 import hashlib
@@ -23,6 +26,24 @@ from generate import (FILLER, NEEDLE, QUESTION, TASK, decode, new_parser, number
 from model import load_model
 from positions import METHODS, figure_class, parse_settings, run_command
 
+TASKS = ("passkey", "lines", "kv")
+RECORDS = {  # what comes first, an entry, the question, and the answer as it stands in an entry
+    "lines": ("Below is a record of lines. Remember the REGISTER_CONTENT of each line.",
+              "line {name}: REGISTER_CONTENT is <{value}>",
+              "What is the REGISTER_CONTENT of line {name}? line {name}: REGISTER_CONTENT is", "<{value}>"),
+    "kv": ("Below is a list of keys and values. Remember the value of each key.",
+           "{name}: {value},", "What is the value of {name}? {name}:", "{value},")}
+WORDS = """
+ant ape arch arm ash axe bag ball band bank barn bath bean bear bed bee bell belt bird boat bone boot bowl boy
+bread brick bridge brush bull bus bush cake camp cap car card cart cat cave chain chair chalk chin clay clock
+cloud club coal coat coin comb cook cord cork corn cow crab crow crown cup dart desk dish dog doll door dove
+drum duck dust eagle ear earth egg elf elm face fan farm fern fig fire fish flag flame flute foot fork fox frog
+fruit game gate gem ghost gift glass globe glove goat gold goose grape hand harp hat hawk heart hen herb hill
+hive hook horn horse house ice ink iron island jar jet jewel judge jug king kite knee knife knot lace lake lamb
+lamp leaf lemon lens lime lion lock log map mask meal milk mill mint mole moon moss moth mouse mule nail neck
+nest net nose nut oak oar ocean olive onion owl paint palm pan park pea peach pear pen piano pig pine pipe plate
+plum pond pony pot queen rain rat ring river road robe rock roof room root rose rug sail salt sand
+""".split()  # names of entries
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry")  # owners of several keys
 BATCH = 16384  # tokens that run together
 GRID = 32      # distances of --kmax
@@ -64,6 +85,45 @@ def build(tokenizer, n, depth, keys, filler):
     return ids + list(itertools.islice(fill, room - done)) + question, span
 
 
+def entries(tokenizer, task, room, rng):
+    """[(name, value, ids)] of as many entries of a record as fit into room tokens.
+
+    No name occurs twice: they are WORDS, or, where these are too few, pairs like "moth-lamp". Values have five digits.
+    """
+    _, entry, *_ = RECORDS[task]
+
+    def encoded(name):
+        value = str(rng.randrange(10000, 100000))
+        return name, value, tokenizer.encode(entry.format(name=name, value=value), bos=False)
+    count = max(room, 0) // min(len(encoded(word)[-1]) for word in WORDS[:8])
+    names = WORDS if count <= len(WORDS) else ["-".join(pair) for pair in itertools.permutations(WORDS, 2)]
+    out = []
+    for name in rng.sample(names, min(count, len(names))):
+        out.append(encoded(name))
+        room -= len(out[-1][-1])
+        if room < 0:
+            return out[:-1]
+    return out
+
+
+def record(tokenizer, task, n, depth, rng):
+    """(ids of exactly n tokens, (first, last) token of the entry asked for, its value): a record full of entries like
+    it (LongEval's lines, or key-value pairs). ValueError where n is too short for one entry."""
+    first, _, question, _ = RECORDS[task]
+    longest = "-".join(WORDS[:2])
+    head, after = tokenizer.encode(first), tokenizer.encode(question.format(name=longest), bos=False)
+    found = entries(tokenizer, task, n - len(head) - len(after) - 8, rng)
+    if not found:
+        raise ValueError(f"{n} tokens are too few for a prompt of the task {task}")
+    asked = round(depth * (len(found) - 1))
+    name, value, _ = found[asked]
+    after, body = tokenizer.encode(question.format(name=name), bos=False), [ids for *_, ids in found]
+    pad = n - len(head) - len(after) - sum(map(len, body))
+    head += itertools.islice(itertools.cycle(tokenizer.encode(FILLER, bos=False)), pad)
+    at = len(head) + sum(map(len, body[:asked]))
+    return head + sum(body, []) + after, (at, at + len(body[asked]) - 1), value
+
+
 def filler_ids(args, tokenizer):
     """Token ids of --filler."""
     fill = tokenizer.encode(FILLER if args.filler == "repeat" else read_text(args.filler), bos=False)
@@ -77,11 +137,14 @@ def cases(args, tokenizer, n, fill):
     all evenly spread from the start to the end; keys and the place in a text filler are fixed by the seed."""
     count, out = args.depths * args.trials, []
     for t in range(count):
-        rng = random.Random(f"{args.seed}-{n}-{t}")
-        keys = [str(rng.randrange(10000, 100000)) for _ in range(args.needles)]
-        start = 0 if args.filler == "repeat" else rng.randrange(len(fill))
-        ids, span = build(tokenizer, n, t / (count - 1) if count > 1 else 0.5, keys, fill[start:] + fill[:start])
-        out.append((t // args.trials, t % args.trials, keys[-1], ids, span))
+        rng, depth = random.Random(f"{args.seed}-{n}-{t}"), t / (count - 1) if count > 1 else 0.5
+        if args.task == "passkey":
+            keys = [str(rng.randrange(10000, 100000)) for _ in range(args.needles)]
+            start = 0 if args.filler == "repeat" else rng.randrange(len(fill))
+            key, (ids, span) = keys[-1], build(tokenizer, n, depth, keys, fill[start:] + fill[:start])
+        else:
+            ids, span, key = record(tokenizer, args.task, n, depth, rng)
+        out.append((t // args.trials, t % args.trials, key, ids, span))
     return out
 
 
@@ -95,14 +158,14 @@ def parse_method(text):
     return name, params.pop("freq", None), params.pop("attn_scale", None), params
 
 
-def answer(model, tokenizer, prompts, keys, how, impl):
-    """[(first integer of the greedy answer or "", log-probability of the key)] for a batch of prompts of one length."""
+def answer(model, tokenizer, prompts, texts, how, impl):
+    """[(first integer of the greedy answer or "", log-probability of the right text)] for prompts of one length."""
     n, (method, *rest) = len(prompts[0]), how
     plan = plan_maker(model, method, n, *rest)
-    wanted = torch.tensor([tokenizer.encode(key, bos=False) for key in keys])
+    wanted = torch.tensor([tokenizer.encode(text, bos=False) for text in texts])
     steps = wanted.shape[1]
     logits, cache = prefill(model, torch.tensor(prompts), plan, 2 * steps + 4, impl=impl)
-    with torch.no_grad():  # the key as if it had been written, for its probability; then the cache forgets it
+    with torch.no_grad():  # the answer as if it had been written, for its probability; then the cache forgets it
         step = plan(torch.arange(n, n + steps - 1), torch.arange(n + steps - 1))
         forced = model(wanted[:, :-1].to(logits.device), step, cache, impl=impl)
     cache.cut(n)
@@ -176,17 +239,18 @@ def run_grid(args, model, tokenizer, fill, results):
             for begin in range(0, len(prompts), size):
                 batch = prompts[begin:begin + size]
                 if any(case in missing for case in batch):  # always whole, so that a rerun gives the same digits
-                    results.add(rows_of(model, tokenizer, batch, spec, n, args.impl))
+                    results.add(rows_of(args, model, tokenizer, batch, spec, n))
             done, spent = done + n, spent + n * bool(missing)
             left = (time.perf_counter() - start) / max(spent, 1) * (total - done)
             found = share(select(results.rows.values(), method=spec, length=n))
             say(f"{spec} {n}: {found:.2f} ({left:.0f} s left)")
 
 
-def rows_of(model, tokenizer, batch, spec, n, impl):
+def rows_of(args, model, tokenizer, batch, spec, n):
     """The results of a batch of cases."""
-    how = parse_method(spec)
-    answers = answer(model, tokenizer, [ids for *_, ids, _ in batch], [key for _, _, key, _, _ in batch], how, impl)
+    how, form = parse_method(spec), "{value}" if args.task == "passkey" else RECORDS[args.task][-1]
+    texts = [form.format(value=key) for _, _, key, _, _ in batch]
+    answers = answer(model, tokenizer, [ids for *_, ids, _ in batch], texts, how, args.impl)
     return [{"method": spec, "length": n, "cell": cell, "trial": trial, "key": key, "answer": text,
              "correct": text == key, "logp": logp, "cut": is_cut(model, n, span, how)}
             for (cell, trial, key, _, span), (text, logp) in zip(batch, answers)]
@@ -291,6 +355,7 @@ def parse_args(argv):
     flag("lengths", type=counts, help="in tokens; default: 1,2,4,8 times the window")
     flag("depths", type=number(int, 1), default=5, help="cells that the depth range is divided into")
     flag("trials", type=number(int, 1), default=4, help="prompts per method, length and depth")
+    flag("task", choices=TASKS, default="passkey", help="a passkey, or one line or key of a record full of them")
     flag("filler", default="repeat", metavar="repeat|FILE", help="five repeated sentences, or a UTF-8 text")
     flag("needles", type=number(int, 1, len(NAMES)), default=1, help="keys in a prompt; one is asked for")
     flag("kmax", action="store_true", help=f"the effective window: {GRID} depths, 10 trials, a fifth right")
@@ -298,6 +363,8 @@ def parse_args(argv):
     flag("plot", metavar="FILE", help="heatmaps and accuracy by length as a picture (needs matplotlib)")
     flag("seed", type=number(int, 0), default=0)
     args = parser.parse_args(argv)
+    if args.task != "passkey" and (args.needles > 1 or args.filler != "repeat"):
+        parser.error(f"--needles and --filler are for the passkey, not for --task {args.task}")
     if args.kmax:
         args.depths, args.trials = GRID, 10
     return args
@@ -308,7 +375,7 @@ def check(args, config, tokenizer, fill):
     if args.plot:
         figure_class()
     for n in args.lengths:
-        build(tokenizer, n, 0.5, ["12345"] * args.needles, fill)
+        cases(argparse.Namespace(**{**vars(args), "depths": 1, "trials": 1}), tokenizer, n, fill)
         for spec in args.methods:
             for warning in warnings(config, n, *parse_method(spec)):
                 say(f"warning: {warning}")
@@ -338,9 +405,9 @@ def run(argv=None):
     fill = filler_ids(args, tokenizer)
     check(args, config, tokenizer, fill)
     device, dtype = placed(args, config)
-    settings = {"ckpt": args.ckpt, "weights": fingerprint(path), "seed": args.seed, "depths": args.depths,
-                "trials": args.trials, "filler": args.filler, "needles": args.needles, "train_len": config.train_len,
-                "dtype": str(dtype).removeprefix("torch."), "impl": args.impl}
+    settings = {"ckpt": args.ckpt, "weights": fingerprint(path), "task": args.task, "seed": args.seed,
+                "depths": args.depths, "trials": args.trials, "filler": args.filler, "needles": args.needles,
+                "train_len": config.train_len, "dtype": str(dtype).removeprefix("torch."), "impl": args.impl}
     say(" ".join(f"{name}={value}" for name, value in {**settings, "methods": ",".join(args.methods), "device": device,
                                                          "lengths": ",".join(map(str, args.lengths))}.items()))
     results = Results(args.results, settings)

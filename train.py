@@ -1,14 +1,17 @@
-"""Train the tiny LLaMA that ships in checkpoints/tiny, from nothing, on one CPU core.
+"""Train the tiny LLaMAs that ship in checkpoints/, from nothing, each on one CPU core in half an hour.
 
-Does: collect the prose that comes with every Python (help topics, docstrings), train a sentencepiece model on
-it, then a LLaMA on half prose, half passkey prompts of every length up to its window. Writes a Hugging Face
-folder and training.json, the record of the run. An interrupted run, also a killed one, continues from its last
-save when the same command is given again, and ends in the same weights: batches depend on (seed, step) alone.
+Does: collect the prose that comes with every Python (help topics, docstrings), train a sentencepiece model on it,
+then a LLaMA on a mix of prose, passkey prompts, and records of lines and of key-value pairs, of every length up to its
+window. Writes a Hugging Face folder and training.json, the record of the run. An interrupted run, also a killed one,
+continues from its last save when the same command is given again, and ends in the same weights: batches depend on
+(seed, step) alone.
 
-Does not: read any other data, or show the model a position beyond --window. Whatever the model does out there
-is the doing of the extrapolation method.
+Does not: read any other data, or show the model a position beyond --window. Whatever the model does out there is the
+doing of the extrapolation method.
 
     python train.py --out checkpoints/tiny
+    python train.py --out checkpoints/tiny-alibi --position alibi --store bfloat16      # likewise nope
+    python train.py --out checkpoints/tiny-cosine --cosine 16 --store bfloat16
 """
 import argparse
 import ast
@@ -30,11 +33,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 
+from eval_passkey import RECORDS, TASKS, WORDS, entries
 from generate import FILLER, NEEDLE, QUESTION, TASK, number, passkey_parts
 from model import ENCODINGS, Config, Llama, Tokenizer, load_tokenizer
 from positions import run_command
 
 ANSWER = "{key}."              # what follows QUESTION; sentencepiece puts the space in front
+MIX = ("kv", "prose", "lines", "prose", "passkey", "lines", "kv")  # kinds of rows, over and over
+MUON = 7                       # its learning rate over that of AdamW
 STATE = "training-state.pt"    # an unfinished run: model, optimizer, step; deleted at the end
 
 
@@ -64,7 +70,8 @@ def prose():
 def train_tokenizer(path, documents, vocab_size):
     """LLaMA's kind of sentencepiece model: BPE, a piece per digit, bytes for rare characters."""
     # Repeated, the passkey sentences get a piece per word: a short needle rarely meets the border of a chunk.
-    sentences = [TASK, FILLER, NEEDLE.format(key=71432), QUESTION] * 500
+    texts = [TASK, FILLER, NEEDLE, QUESTION, *(text for record in RECORDS.values() for text in record)]
+    sentences = [text.format(key=71432, name="", value=52908) for text in texts] * 500 + [" ".join(WORDS)] * 500
     lines = [text[k:k + 2000] for text in documents for k in range(0, len(text), 2000)]
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
@@ -82,7 +89,7 @@ class Corpus:
     documents: list[str]
     sentences: list[str]   # of 20 to 120 characters, to repeat as filler
     stream: list[int]      # all documents in random order, each between <s> and </s>
-    shortest: int          # row of a passkey prompt without filler
+    shortest: int          # tokens of the shortest prompt and its answer, of any task
 
 
 def make_corpus(args, tokenizer, documents, config):
@@ -92,8 +99,9 @@ def make_corpus(args, tokenizer, documents, config):
     stream = []
     for text in random.Random(args.seed).sample(documents, len(documents)):
         stream += tokenizer.encode(text, bos=True) + [config.eos_token_id[0]]
-    fixed = (TASK, NEEDLE.format(key=71432), QUESTION, ANSWER.format(key=71432))
-    shortest = 1 + sum(len(tokenizer.encode(text, bos=False)) for text in fixed)
+    fixed = [(TASK, NEEDLE, QUESTION, ANSWER), *RECORDS.values()]
+    shortest = 1 + max(len(tokenizer.encode(" ".join(texts).format(key=71432, name=WORDS[0], value=52908)))
+                       for texts in fixed)
     return Corpus(tokenizer, documents, sentences, stream, shortest)
 
 
@@ -134,8 +142,29 @@ def passkey_row(rng, corpus, length, eos):
     return ids + answer, weights
 
 
+def record_row(rng, task, corpus, length, eos):
+    """As passkey_row, for a record of lines or of key-value pairs: entries, the same entries in another order, and a
+    question with its answer. Each value that is said again is a lesson in finding it by its name."""
+    first, _, question, answer = RECORDS[task]
+    encode, head = corpus.tokenizer.encode, corpus.tokenizer.encode(first)
+    room = length - len(head) - len(encode((question + " " + answer).format(name=WORDS[0], value=52908), bos=False)) - 4
+    found = entries(corpus.tokenizer, task, room // 2, rng) or entries(corpus.tokenizer, task, room, rng)
+    name, value, _ = rng.choice(found)
+    body, tail, weights = sum((ids for *_, ids in found), []), [], []
+    told = len(encode(answer.format(value=value), bos=False))
+    for *_, ids in rng.sample(found, len(found)):
+        if len(body) + len(tail) + len(ids) <= room:
+            tail, weights = tail + ids, weights + [0.1] * (len(ids) - told) + [8.0] * told
+    before, after = (encode(text.format(name=name, value=value), bos=False) for text in (question, answer))
+    ids = body + tail + before + after + [eos]
+    pad = length + 1 - len(head) - len(ids)
+    weights += [0.1] * len(before) + [8.0] * (len(after) + 1)
+    ids = head + (encode(FILLER, bos=False) * (pad // 8 + 1))[:pad] + ids
+    return ids, [0.1] * (length - len(weights)) + weights
+
+
 def batch(step, args, corpus, config):
-    """(ids (B, T + 1), weights (B, T)) of a step: even rows are passkeys, odd ones prose, all as long, no padding.
+    """(ids (B, T + 1), weights (B, T)) of a step, all rows as long, no padding: MIX, over and over.
 
     T grows to the window during the first args.grow steps: copying is found much sooner over short distances.
     """
@@ -144,12 +173,21 @@ def batch(step, args, corpus, config):
     longest = min(longest, args.window)
     length = longest if rng.random() < 0.5 else rng.randint(corpus.shortest, longest)
     rows = []
-    for _ in range(args.batch * args.window // length // 2):
-        rows.append(passkey_row(rng, corpus, length, config.eos_token_id[0]))
-        start = rng.randrange(len(corpus.stream) - length)
-        rows.append(([config.bos_token_id] + corpus.stream[start:start + length], [1.0] * length))
+    for kind in kinds(args.batch * args.window // length):
+        if kind == "prose":
+            start = rng.randrange(len(corpus.stream) - length)
+            rows.append(([config.bos_token_id] + corpus.stream[start:start + length], [1.0] * length))
+        elif kind == "passkey":
+            rows.append(passkey_row(rng, corpus, length, config.eos_token_id[0]))
+        else:
+            rows.append(record_row(rng, kind, corpus, length, config.eos_token_id[0]))
     ids, weights = zip(*rows)
     return torch.tensor(ids), torch.tensor(weights)
+
+
+def kinds(rows):
+    """The kind of every row of a batch."""
+    return [MIX[row % len(MIX)] for row in range(rows)]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -211,8 +249,8 @@ def settings(argv=None):
     p = argparse.ArgumentParser(description="Train a tiny LLaMA; an interrupted run continues.",
                                 usage="%(prog)s --out FOLDER [flags]; --help lists them")
     p.add_argument("--out", type=Path, required=True, help="folder to write")
-    p.add_argument("--steps", type=number(int, 1), default=2000)
-    p.add_argument("--batch", type=number(int, 1), default=16, help="rows of a step, if as long as the window")
+    p.add_argument("--steps", type=number(int, 1), default=2400)
+    p.add_argument("--batch", type=number(int, len(MIX)), default=16, help="rows of a step, if as long as the window")
     p.add_argument("--window", type=number(int, 64), default=256, help="longest input, in tokens")
     p.add_argument("--vocab", type=number(int, 300), default=1024)
     p.add_argument("--width", type=number(int, 1), default=128)
@@ -226,7 +264,7 @@ def settings(argv=None):
     p.add_argument("--position", choices=ENCODINGS, default="rope", help="how the model knows where tokens are")
     p.add_argument("--cosine", type=number(float, 1e-3), metavar="S", help="CosScale: logits are S cos(q, k)")
     p.add_argument("--warmup", type=number(int, 0), default=150, help="steps of rising learning rate")
-    p.add_argument("--grow", type=number(int, 0), default=500, help="steps over which rows grow to the window")
+    p.add_argument("--grow", type=number(int, 0), default=1000, help="steps over which rows grow to the window")
     p.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=1)
     p.add_argument("--compute", choices=("bfloat16", "float32"), default="bfloat16", help="type of products")
     p.add_argument("--store", choices=("bfloat16", "float32"), default="float32", help="type of the result")
@@ -237,11 +275,41 @@ def settings(argv=None):
     return args
 
 
-def make_optimizer(model, lr):
-    """AdamW; matrices decay, norms do not."""
-    matrices, norms = ([w for w in model.parameters() if (w.ndim == 2) is wide] for wide in (True, False))
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every update of a matrix is made orthogonal (Keller Jordan, 2024): far fewer steps than AdamW."""
+
+    def __init__(self, matrices, lr, momentum=0.95, weight_decay=0.1):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                mean = self.state[w].setdefault("mean", torch.zeros_like(w))
+                mean.lerp_(w.grad, 1 - group["momentum"])
+                w.mul_(1 - group["lr"] * group["weight_decay"])
+                w.add_(orthogonal(w.grad.lerp(mean, group["momentum"])),
+                       alpha=-group["lr"] * max(1, w.shape[0] / w.shape[1]) ** 0.5)
+
+
+def orthogonal(x, steps=5):
+    """x with its singular values brought to 0.7 to 1.2, by Newton-Schulz iteration."""
+    tall = x.shape[0] > x.shape[1]
+    x = (x.T if tall else x).bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x.T if tall else x).float()
+
+
+def make_optimizers(model, lr):
+    """Muon for matrices, but AdamW for embeddings, norms, and the products that decide where attention looks."""
+    rest, matrices = [], []
+    for name, weight in model.named_parameters():
+        looks = weight.ndim == 1 or any(part in name for part in ("embed_tokens", "q_proj", "k_proj"))
+        (rest if looks else matrices).append(weight)
+    return [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0), Muon(matrices, MUON * lr)]
 
 
 def learning_rate(step, args):
@@ -250,41 +318,45 @@ def learning_rate(step, args):
     return args.lr * min((step + 1) / max(args.warmup, 1), fall)
 
 
-def train_step(step, args, model, optimizer, corpus):
-    """One update; returns (loss of prose, loss of answers, share of right digits) on the batch before it."""
+def train_step(step, args, model, optimizers, corpus):
+    """One update; returns (loss of prose, and for each of TASKS the share of right digits) on the batch before it."""
     ids, weights = batch(step, args, corpus, model.config)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args)
+    for optimizer, times in zip(optimizers, (1, MUON)):
+        for group in optimizer.param_groups:
+            group["lr"] = times * learning_rate(step, args)
     with torch.autocast("cpu", torch.bfloat16, enabled=args.compute == "bfloat16"):
         logits = model(ids[:, :-1], model.plan(n=ids.shape[1] - 1))
     loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     loss = loss.view_as(weights)
-    optimizer.zero_grad()
+    model.zero_grad()
     ((loss * weights).sum() / weights.sum()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    # passkey rows are the even ones; they end in five digits, "." and </s>
-    right = logits[::2, -7:-2].argmax(-1) == ids[::2, -7:-2]
-    return torch.stack([loss[1::2].mean(), loss[::2, -7:].mean(), right.float().mean()]).detach()
+    for optimizer in optimizers:
+        optimizer.step()
+    # a row with an answer ends in five digits, "." or what else closes it, and </s>
+    right = (logits[:, -7:-2].argmax(-1) == ids[:, -7:-2]).float().mean(1)
+    where = {kind: torch.tensor([k == kind for k in kinds(len(ids))]) for kind in ("prose", *TASKS)}
+    return torch.stack([loss[where["prose"]].mean(), *(right[where[task]].mean() for task in TASKS)]).detach()
 
 
-def save_state(path, args, step, model, optimizer, curve):
+def save_state(path, args, step, model, optimizers, curve):
     """Write the unfinished run so that a kill at any moment leaves the old file or the new one."""
     part = path.with_suffix(".part")
     torch.save({"settings": record(args), "step": step, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "curve": curve}, part)
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers], "curve": curve}, part)
     os.replace(part, path)
 
 
-def restore_state(path, args, model, optimizer):
-    """(step, curve) of the unfinished run, loaded into model and optimizer; (0, []) where there is none."""
+def restore_state(path, args, model, optimizers):
+    """(step, curve) of the unfinished run, loaded into model and optimizers; (0, []) where there is none."""
     if not path.exists():
         return 0, []
     state = torch.load(path, weights_only=True)
     if state["settings"] != record(args):
         raise ValueError(f"{path}: an unfinished run with other settings; finish or delete it: {state['settings']}")
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, held in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(held)
     return state["step"], state["curve"]
 
 
@@ -294,18 +366,17 @@ def record(args):
 
 
 def train(args, model, corpus):
-    """All steps that are left; returns the curve, [{step, prose, answer, digits, seconds}]."""
-    optimizer = make_optimizer(model, args.lr)
-    done, curve = restore_state(args.out / STATE, args, model, optimizer)
+    """All steps that are left; returns the curve, [{step, prose, passkey, lines, kv, seconds}]."""
+    optimizers = make_optimizers(model, args.lr)
+    done, curve = restore_state(args.out / STATE, args, model, optimizers)
     start, seen = time.time() - (curve[-1]["seconds"] if curve else 0), []
     for step in range(done, args.steps):
-        seen.append(train_step(step, args, model, optimizer, corpus))
+        seen.append(train_step(step, args, model, optimizers, corpus))
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            prose_loss, answer_loss, digits = (round(x, 4) for x in torch.stack(seen).mean(0).tolist())
-            curve.append({"step": step + 1, "prose": prose_loss, "answer": answer_loss, "digits": digits,
-                          "seconds": round(time.time() - start)})
+            means = dict(zip(("prose", *TASKS), (round(x, 4) for x in torch.stack(seen).mean(0).tolist())))
+            curve.append({"step": step + 1, **means, "seconds": round(time.time() - start)})
             print(*(f"{name} {value}" for name, value in curve[-1].items()), file=sys.stderr, flush=True)
-            save_state(args.out / STATE, args, step + 1, model, optimizer, curve)
+            save_state(args.out / STATE, args, step + 1, model, optimizers, curve)
             seen = []
     return curve
 
@@ -330,7 +401,7 @@ def main(argv=None):
         "parameters": sum(w.numel() for w in model.parameters()), "prose_tokens": len(corpus.stream),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "sentencepiece": sentencepiece.__version__},
-        "curve_is": "means since the last entry: nats per token of prose and answers, share of right digits",
+        "curve_is": "means since the last entry: nats per token of prose, share of right digits in answers by task",
         "curve": curve})
     (args.out / STATE).unlink()
 

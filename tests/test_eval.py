@@ -1,6 +1,8 @@
 """The evaluations: prompts of an exact length, results that survive a kill, losses that equal transformers'."""
 import json
 import math
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import torch
 
 import eval_passkey
 import eval_perplexity
-from eval_passkey import GRID, Results, build, cases, kmax, parse_method
+from eval_passkey import GRID, Results, build, cases, kmax, parse_method, record
 from model import load
 from test_generate import ROOT, TINY, run
 
@@ -38,7 +40,7 @@ def test_prompt_is_exact_and_holds_every_key(tokenizer, n, keys):
 
 
 def test_needles_are_spread_evenly_and_keys_follow_the_seed(tokenizer):
-    args = SimpleNamespace(depths=5, trials=3, seed=1, filler="repeat", needles=1)
+    args = SimpleNamespace(depths=5, trials=3, seed=1, task="passkey", filler="repeat", needles=1)
     fill = eval_passkey.filler_ids(args, tokenizer)
     rows = cases(args, tokenizer, 300, fill)
     places = [span[0] for *_, span in rows]
@@ -47,6 +49,20 @@ def test_needles_are_spread_evenly_and_keys_follow_the_seed(tokenizer):
     again = cases(args, tokenizer, 300, fill)
     other = cases(SimpleNamespace(**{**vars(args), "seed": 2}), tokenizer, 300, fill)
     assert [r[2] for r in rows] == [r[2] for r in again] != [r[2] for r in other]
+
+
+@pytest.mark.parametrize("task", ["lines", "kv"])
+def test_records_are_exact_and_ask_for_one_entry(tokenizer, task):
+    """n tokens, full of entries, none named twice; the one asked for lies at its depth and holds the right value."""
+    for n in (250, 333, 4000):
+        for depth in (0, 0.5, 1):
+            ids, (first, last), value = record(tokenizer, task, n, depth, random.Random(n))
+            text, entry = tokenizer.decode(ids), tokenizer.decode(ids[first:last + 1])
+            name = re.search(r"(?:line )?([a-z-]+):", entry).group(1)
+            names = re.findall(r"line ([a-z-]+): R" if task == "lines" else r"([a-z-]+): \d", text.split(" What")[0])
+            assert len(ids) == n and value in entry and text.endswith((f"{name}:", f"{name}: REGISTER_CONTENT is"))
+            assert name in names and len(set(names)) == len(names) > n / 60
+        assert first > 0.7 * n - 60
 
 
 def test_method_with_settings():
@@ -90,6 +106,15 @@ def test_finished_trials_are_not_repeated_and_other_settings_do_not_mix(tmp_path
     assert all(row["correct"] == (row["answer"] == row["key"]) and row["logp"] < 0 for row in rows)
 
 
+@pytest.mark.parametrize("task", ["lines", "kv"])
+def test_other_tasks_run_and_do_not_mix(task, tmp_path):
+    file, args = tmp_path / "r.jsonl", ("--methods", "rope", "--lengths", "256", "--depths", "2", "--trials", "2")
+    for kind in ("passkey", task):
+        assert run(*args, "--task", kind, "--results", file, script="eval_passkey.py")[0] == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["task"] for row in rows] == ["passkey"] * 4 + [task] * 4
+
+
 def test_a_row_of_other_settings_is_not_taken(tmp_path):
     file = tmp_path / "r.jsonl"
     first = Results(file, {"seed": 0}, ("method",))
@@ -109,7 +134,8 @@ def test_heatmap_and_plots(tmp_path):
 @pytest.mark.parametrize("args, named", [
     (("--methods", "ropee"), "ropee"), (("--methods", "mesa:fist=1"), "fist"), (("--lengths", "20"), "at least"),
     (("--lengths", "-4"), "-4"), (("--trials", "0"), "trials"), (("--filler", "nowhere.txt"), "nowhere.txt"),
-    (("--ckpt", "nowhere"), "nowhere"), (("--methods", "rope:attn-scale=x"), "x")])
+    (("--ckpt", "nowhere"), "nowhere"), (("--methods", "rope:attn-scale=x"), "x"),
+    (("--task", "kv", "--needles", "2"), "needles"), (("--task", "lines", "--lengths", "30"), "few")])
 def test_bad_input_is_one_clear_line(args, named, tmp_path):
     code, out, err = run(*args, "--results", tmp_path / "r.jsonl", script="eval_passkey.py")
     assert code == 2 and not out and named in err.splitlines()[-1] and "Traceback" not in err

@@ -1,6 +1,7 @@
 """train.py: a run depends on its settings alone, survives a kill, and writes a folder others can read."""
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from model import load
 
 TEXTS = [f"The {a} cat sat on the {b} mat, and nobody in the {a} house asked why it was {b}. It slept."
          for a in ("grey", "old", "small", "quick") for b in ("red", "warm", "dusty", "round")]
-SMALL = ("--steps 6 --batch 2 --window 160 --vocab 320 --width 16 --layers 1 --heads 2 --kv-heads 1 "
+SMALL = ("--steps 6 --batch 7 --window 320 --vocab 400 --width 16 --layers 1 --heads 2 --kv-heads 1 "
          "--save-every 2").split()
 
 
@@ -72,6 +73,7 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
 
 
 def test_batches_are_what_they_say(tmp_path):
+    """As long as each other and no longer than the window; what is no prose ends in an answer of five digits."""
     model, tokenizer = run(tmp_path)
     args = train.settings(["--out", str(tmp_path), *SMALL])
     corpus = train.make_corpus(args, tokenizer, TEXTS, model.config)
@@ -79,12 +81,33 @@ def test_batches_are_what_they_say(tmp_path):
         ids, loss_weights = train.batch(step, args, corpus, model.config)
         assert torch.equal(ids, train.batch(step, args, corpus, model.config)[0])
         assert ids.shape[1] == loss_weights.shape[1] + 1 <= args.window + 1
-        assert (ids[:, 0] == 1).all()
-        for row in ids[::2].tolist():
+        assert (ids[:, 0] == 1).all() and len(ids) >= len(train.MIX)
+        for kind, row, weight in zip(train.kinds(len(ids)), ids.tolist(), loss_weights):
+            if kind == "prose":
+                assert (weight == 1).all()
+                continue
             text = tokenizer.decode(row)
-            assert row[-1] == 2 and text.endswith(".") and train.QUESTION in text
-            key = text[-6:-1]
-            assert key.isdigit() and loss_weights[0, -7:].min() > 1
+            answer = re.search(r"(\d{5})\W$", text).group(1)
+            assert row[-1] == 2 and text.count(answer) >= 2 and weight[-7:].min() > 1
+
+
+def test_a_record_asks_for_what_it_holds(tmp_path):
+    """The answer stands behind the same name in the record; names are told apart by nothing else."""
+    model, tokenizer = run(tmp_path)
+    args = train.settings(["--out", str(tmp_path), *SMALL])
+    corpus = train.make_corpus(args, tokenizer, TEXTS, model.config)
+    for seed in range(20):
+        ids, weights = train.record_row(random.Random(seed), "kv", corpus, 300, 2)
+        text = tokenizer.decode(ids)
+        name, answer = re.search(r"of ([a-z-]+)\? \1: (\d{5}),$", text).groups()
+        assert len(ids) == len(weights) + 1 == 301 and f"{name}: {answer}," in text.split("What is")[0]
+
+
+def test_updates_of_matrices_are_orthogonal():
+    x = torch.randn(48, 20, generator=torch.Generator().manual_seed(0))
+    for shape in (x, x.T):
+        assert 0.6 < float(torch.linalg.svdvals(train.orthogonal(shape)).min())
+        assert float(torch.linalg.svdvals(train.orthogonal(shape)).max()) < 1.3
 
 
 def test_most_needles_are_whole_and_some_are_torn(tmp_path):
@@ -93,7 +116,7 @@ def test_most_needles_are_whole_and_some_are_torn(tmp_path):
     corpus = train.make_corpus(args, tokenizer, TEXTS, model.config)
     rng, whole = random.Random(0), 0
     for _ in range(200):
-        ids, _ = train.passkey_row(rng, corpus, 200, 2)
+        ids, _ = train.passkey_row(rng, corpus, 300, 2)
         text = tokenizer.decode(ids)
         whole += train.NEEDLE.format(key=text[-6:-1]) in text
     assert 140 < whole < 190
@@ -109,7 +132,7 @@ def test_transformers_reads_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [("--steps", "-1"), ("--heads", "3"), ("--lr", "nan"), ("--window", "10"),
-                                 ("--vocab", "5"), ("--batch", "0"), ("--kv-heads", "3", "--heads", "4")], ids=str)
+                                 ("--vocab", "5"), ("--batch", "6"), ("--kv-heads", "3", "--heads", "4")], ids=str)
 def test_bad_settings_are_refused_before_anything_is_written(bad, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         run(tmp_path / "new", *bad)
