@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from attention import IMPLEMENTATIONS
-from model import DTYPES, Config, KVCache, load_model, load_tokenizer
+from model import DTYPES, Config, KVCache, compile_dense, load_model, load_tokenizer
 from positions import (FREQUENCIES, METHODS, SCALES, advice, cosscale, describe, example, farthest, full, parameters,
                        parse_settings, picture, reach, run_command, within)
 
@@ -284,6 +284,7 @@ def parse_args(argv):
     flag("set", action="append", default=[], metavar="name=value", help="a parameter of the method; repeatable")
     flag("freq", choices=FREQUENCIES, help="frequencies, for a method that has none of its own; default: the model's")
     flag("attn-scale", choices=SCALES, help="default: the method's own")
+    flag("compile", action="store_true", help="fuse MLPs and norms with torch.compile: for long runs")
     flag("list-methods", action="store_true")
     flag("explain", action="store_true", help="say what the method would do with this prompt, and stop")
     return parser.parse_args(argv)
@@ -372,6 +373,8 @@ def run(argv=None):
         return 0
     device, dtype = placed(args, config)
     model = load_model(path, config, dtype, device)
+    if args.compile:
+        compile_dense(model)
     say(settings_line(args, config, len(ids), dtype, device))
     return stream(model, tokenizer, ids, args, params, device)
 

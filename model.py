@@ -10,6 +10,7 @@ pass, a cache of un-rotated keys. Does not: choose positions (positions.py), sam
 Letters as in attention.py: B batch, H and Hkv query and key heads, Tq, Tk queries and keys, D head width.
 """
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -272,6 +273,18 @@ class Llama(nn.Module):
         """
         x = self.model(tokens, plan, cache, impl, last_only)
         return linear(x, self.model.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
+
+
+def compile_dense(model):
+    """Let torch.compile fuse all of a Llama but its attention, in place: takes about a minute at the first tokens.
+
+    Raises ValueError where there is no C++ compiler.
+    """
+    if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        raise ValueError("torch.compile needs a C++ compiler (g++ or clang++), and there is none")
+    for block in model.model.layers:
+        for part in (block.input_layernorm, block.post_attention_layernorm, block.mlp):
+            part.compile(dynamic=True)
 
 
 class KVCache:

@@ -1,6 +1,7 @@
 """generate.py and eval_passkey.py as their users meet them: from the command line, in a fresh process."""
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 from generate import decode, generate, passkey_parts, passkey_prompt, plan_maker, prefill, sample
 from generate import run as generate_main
-from model import load
+from model import compile_dense, load
 from positions import parse_settings, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,3 +237,15 @@ def test_a_32k_prompt_fits_in_a_gigabyte_and_a_half(tmp_path, tiny):
     code, _, err = run("--method", "mesa", "--prompt-file", tmp_path / "long.txt", "--max-new-tokens", 8)
     assert code == 0 and int(re.search(r" prompt=(\d+)", err).group(1)) >= 32_768
     assert int(re.search(r"peak memory (\d+) MiB", err).group(1)) < 1536
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_model_writes_the_same():
+    args = "--method", "mesa", "--max-new-tokens", 6
+    assert run(*args, "--compile")[:2] == run(*args)[:2]
+
+
+def test_compile_without_a_compiler_is_one_clear_sentence(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="C\\+\\+ compiler"):
+        compile_dense(None)
