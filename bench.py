@@ -48,17 +48,18 @@ SHAPES = {  # layers, width, heads, key heads, width of the MLP, vocabulary
 # measuring
 
 def race(calls, rounds, device):
-    """{name: [seconds]} of calls, a dict of functions: each run once unmeasured, then all in turn, `rounds` times."""
+    """({name: [seconds]}, {name: bytes}) of calls, a dict of functions: each run once for its peak memory, which also
+    warms it up, then all in turn, `rounds` times."""
+    memory = {name: peak(call, device) for name, call in calls.items()}
     times = {name: [] for name in calls}
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         for name, call in calls.items():
             wait(device)
             start = time.perf_counter()
             call()
             wait(device)
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return times
+            times[name].append(time.perf_counter() - start)
+    return times, memory
 
 
 def wait(device):
@@ -96,11 +97,11 @@ def ceilings(device):
     out = {}
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(2048, 2048, device=device).to(dtype)
-        seconds = statistics.median(race({"": lambda x=x: x @ x}, 5, device)[""])
+        seconds = statistics.median(race({"": lambda x=x: x @ x}, 5, device)[0][""])
         out[f"matmul {str(dtype).removeprefix('torch.')} TFLOP/s"] = round(2 * 2048 ** 3 / seconds / 1e12, 3)
     x = torch.zeros(2 ** 26, device=device)
     y = torch.zeros_like(x)
-    seconds = statistics.median(race({"": lambda: y.copy_(x)}, 5, device)[""])
+    seconds = statistics.median(race({"": lambda: y.copy_(x)}, 5, device)[0][""])
     return {**out, "copy GB/s": round(2 * x.nbytes / seconds / 1e9, 1)}
 
 
@@ -214,8 +215,7 @@ def attention(args, report):
             plans["two matrices"] = plans[naive]
             check("two matrices", two_matrix(q, k, v, plans[naive]), calls[naive](), q.dtype)
             calls["two matrices"] = lambda plan=plans[naive], q=q, k=k, v=v: two_matrix(q, k, v, plan)
-        times = race(calls, args.rounds, args.device)
-        memory = {name: peak(call, args.device) for name, call in calls.items()}
+        times, memory = race(calls, args.rounds, args.device)
         shape = f"H={args.heads}, Hkv={args.kv_heads}, D={args.width}, {args.dtype}"
         report.add("attention", f"attention over {T} tokens, {shape}",
                    [attention_row(args, T, name, times, memory, plans) for name in calls])
@@ -272,7 +272,7 @@ def decode_attention(args, report):
         def growing(k=k, v=v, old=old, old_v=old_v, every_step=every_step):
             return every_step(k=torch.cat((old, k[:, :, -1:]), 2), v=torch.cat((old_v, v[:, :, -1:]), 2))
         calls |= {"all keys rotated at each step": every_step, "... and the cache copied to grow": growing}
-        times = race(calls, args.rounds * 5, args.device)
+        times, _ = race(calls, args.rounds * 5, args.device)
         base, slow = (statistics.median(times[name]) for name in (next(iter(calls)), "all keys rotated at each step"))
         shape = f"H={args.heads}, Hkv={args.kv_heads}, D={args.width}, {args.dtype}"
         report.add("decode", f"one query, {T} keys, {shape}", [
@@ -330,7 +330,11 @@ def others(args, folder, ours):
     out = {}
     ids = torch.randint(3, 1000, (1, 64), generator=torch.Generator().manual_seed(0))
     want = ours(ids.to(args.device), ours.plan("rope", n=64)).float()
-    for kind in ("sdpa", "eager") if "llama" not in args.shape else ("sdpa",):
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    for kind in ("sdpa", "eager"):
+        if args.device == "cpu" and 2.2 * size > available():
+            say(f"transformers {kind}: not enough memory beside our {size / 2**30:.1f} GiB")
+            continue
         model = transformers_model(folder, kind)
         if model is not None:
             out[f"transformers {kind}"] = model.to(args.device)
@@ -352,10 +356,9 @@ def whole_model(args, report):
         plans = {spec: plan_maker(ours, *unpacked(spec, n)) for spec in args.methods}
         calls = {name: lambda model=model, ids=ids: model(ids, use_cache=True, logits_to_keep=1)
                  for name, model in rivals.items()
-                 if "eager" not in name or 12 * config.num_attention_heads * n * n < available()}
+                 if "eager" not in name or 48 * config.num_attention_heads * n * n < available()}
         calls |= {spec: lambda plan=plan, ids=ids: prefill(ours, ids, plan) for spec, plan in plans.items()}
-        times = race(calls, args.rounds, args.device)
-        memory = {name: peak(call, args.device) for name, call in calls.items()}
+        times, memory = race(calls, args.rounds, args.device)
         rows = []
         for name, t in times.items():
             seen = pairs(plans[name](torch.arange(n), torch.arange(n))) if name in plans else n * (n + 1) // 2
@@ -390,7 +393,7 @@ def decoding(args, report, ours, rivals, plans, ids, n, tokens=8):
         logits, cache = prefill(ours, ids, plan)
         calls[spec] = lambda plan=plan, logits=logits, cache=cache: list(
             decode(ours, logits, cache, plan, lambda logits: logits.argmax(-1), tokens + 1))
-    times = {name: statistics.median(t) / tokens for name, t in race(calls, args.rounds, args.device).items()}
+    times = {name: statistics.median(t) / tokens for name, t in race(calls, args.rounds, args.device)[0].items()}
     c = ours.config
     cached = 4 * n * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # bytes of k and v
     read = 2 * sum(p.numel() for name, p in ours.named_parameters() if "embed" not in name or c.tie_word_embeddings)

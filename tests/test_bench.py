@@ -24,7 +24,7 @@ def threads():
 def test_race_takes_turns():
     """One unmeasured round, then round after round, so that a slow spell of the machine hits all alike."""
     order = []
-    times = bench.race({name: lambda name=name: order.append(name) for name in "abc"}, 2, "cpu")
+    times, _ = bench.race({name: lambda name=name: order.append(name) for name in "abc"}, 2, "cpu")
     assert "".join(order) == "abcabcabc" and {name: len(t) for name, t in times.items()} == dict.fromkeys("abc", 2)
 
 
