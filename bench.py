@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from importlib import metadata
 from pathlib import Path
 
@@ -298,19 +299,26 @@ def checkpoint(args):
                 "tie_word_embeddings": args.shape == "110m", "bos_token_id": 1, "eos_token_id": 2}
     with torch.device("meta"):
         model = Llama(config_of(settings, None))
-    shards, generator = {}, torch.Generator().manual_seed(0)
+    shards, block = {}, 0.02 * torch.randn(2 ** 22, generator=torch.Generator().manual_seed(0)).bfloat16()
     for name, weight in model.named_parameters():
         shards.setdefault(name.split(".")[2] if ".layers." in name else "rest", []).append((name, weight.shape))
     for shard, names in shards.items():
         say(f"\rwriting {folder}: {shard}", end="")
-        tensors = {name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-                   if len(shape) > 1 else torch.ones(shape, dtype=torch.bfloat16) for name, shape in names}
+        tensors = {name: random_weight(block, name, shape) for name, shape in names}
         save_file(tensors, folder / f"model-{shard}.safetensors", metadata={"format": "pt"})
     say("")
     places = {name: f"model-{shard}.safetensors" for shard, names in shards.items() for name, _ in names}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     (folder / "config.json").write_text(json.dumps(settings, indent=2))  # last: a folder that has it is whole
     return folder
+
+
+def random_weight(block, name, shape):
+    """A weight of the numbers in block, over and over from some place on (drawing billions would take minutes)."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=block.dtype)
+    count, start = math.prod(shape), zlib.crc32(name.encode()) % len(block)
+    return block.roll(start).repeat(-(-count // len(block)))[:count].view(shape)
 
 
 def transformers_model(folder, kind):
