@@ -50,7 +50,7 @@ def test_eval_passkey_prints_the_table(tmp_path):
     code, out, _ = run("--methods", "rope,pi:factor=8,mesa:first=20", "--lengths", "256,1024", "--depths", "2",
                        "--trials", "2", "--results", tmp_path / "r.jsonl", script="eval_passkey.py")
     assert code == 0 and out.splitlines()[0] == "| method | 256 (1x) | 1024 (4x) |"
-    assert out.splitlines()[2:5] == ["| rope | 1.00 | 0.00 |", "| pi:factor=8 | 0.00 | 0.00 |",
+    assert out.splitlines()[2:5] == ["| rope | 1.00 | 0.25 |", "| pi:factor=8 | 0.00 | 0.00 |",
                                      "| mesa:first=20 | 1.00 | 1.00 |"]
 
 
