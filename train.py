@@ -10,8 +10,8 @@ Does not: read any other data, or show the model a position beyond --window. Wha
 doing of the extrapolation method.
 
     python train.py --out checkpoints/tiny
-    python train.py --out checkpoints/tiny-alibi --position alibi --store bfloat16      # likewise nope
-    python train.py --out checkpoints/tiny-cosine --cosine 16 --store bfloat16
+    python train.py --out checkpoints/tiny-alibi --position alibi --store bfloat16
+    python train.py --out checkpoints/tiny-cosine --cosine 16 --store bfloat16 --steps 600 --grow 300
 """
 import argparse
 import ast
