@@ -177,6 +177,11 @@ def plan_of(args, spec, i, Tk):
                      **params)
 
 
+def layer(args):
+    """The shape of the layer in a few words."""
+    return f"H={args.heads}, Hkv={args.kv_heads}, D={args.width}, {args.dtype}"
+
+
 def pairs(plan):
     """How many keys all queries of a plan see."""
     return sum(int((r.end - r.start).clamp(min=0).sum()) for r in plan.regions)
@@ -217,8 +222,7 @@ def attention(args, report):
             check("two matrices", two_matrix(q, k, v, plans[naive]), calls[naive](), q.dtype)
             calls["two matrices"] = lambda plan=plans[naive], q=q, k=k, v=v: two_matrix(q, k, v, plan)
         times, memory = race(calls, args.rounds, args.device)
-        shape = f"H={args.heads}, Hkv={args.kv_heads}, D={args.width}, {args.dtype}"
-        report.add("attention", f"attention over {T} tokens, {shape}",
+        report.add("attention", f"attention over {T} tokens, {layer(args)}",
                    [attention_row(args, T, name, times, memory, plans) for name in calls])
 
 
@@ -275,8 +279,7 @@ def decode_attention(args, report):
         calls |= {"all keys rotated at each step": every_step, "... and the cache copied to grow": growing}
         times, _ = race(calls, args.rounds * 5, args.device)
         base, slow = (statistics.median(times[name]) for name in (next(iter(calls)), "all keys rotated at each step"))
-        shape = f"H={args.heads}, Hkv={args.kv_heads}, D={args.width}, {args.dtype}"
-        report.add("decode", f"one query, {T} keys, {shape}", [
+        report.add("decode", f"one query, {T} keys, {layer(args)}", [
             {"method": name, "keys": T, "ms": statistics.median(t) * 1e3, "best ms": min(t) * 1e3,
              "x pytorch": statistics.median(t) / base, "faster than rotating all": slow / statistics.median(t),
              "GB/s of k and v": (k.nbytes + v.nbytes) / statistics.median(t) / 1e9} for name, t in times.items()])
@@ -313,6 +316,11 @@ def checkpoint(args):
     return folder
 
 
+def weight_bytes(folder):
+    """Bytes of the weight files of a checkpoint."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def random_weight(block, name, shape):
     """A weight of the numbers in block, over and over from some place on (drawing billions would take minutes)."""
     if len(shape) == 1:
@@ -338,7 +346,7 @@ def others(args, folder, ours):
     out = {}
     ids = torch.randint(3, 1000, (1, 64), generator=torch.Generator().manual_seed(0))
     want = ours(ids.to(args.device), ours.plan("rope", n=64)).float()
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    size = weight_bytes(folder)
     for kind in ("sdpa", "eager"):
         if args.device == "cpu" and 2.2 * size > available():
             say(f"transformers {kind}: not enough memory beside our {size / 2**30:.1f} GiB")
@@ -436,7 +444,7 @@ print(peak(load, "cpu"))
 def loading(args, report):
     """Loading a sharded checkpoint in a process of its own, and reading every page of it; peak memory / weights."""
     folder = checkpoint(args)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    size = weight_bytes(folder)
     engines = ["ours"] + ["transformers"] * ("transformers" in report.common)
     found = {engine: [] for engine in engines}
     for turn in range(args.rounds + 1):

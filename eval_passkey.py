@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from generate import (FILLER, NEEDLE, QUESTION, TASK, decode, new_parser, number, opened, placed, plan_maker, prefill,
-                      read_text, sample, say, warnings)
+from generate import (FILLER, NEEDLE, QUESTION, TASK, cycled, decode, new_parser, number, opened, placed, plan_maker,
+                      prefill, read_text, sample, say, warnings)
 from model import load_model
 from positions import METHODS, figure_class, parse_settings, run_command
 
@@ -119,7 +119,7 @@ def record(tokenizer, task, n, depth, rng):
     name, value, _ = found[asked]
     after, body = tokenizer.encode(question.format(name=name), bos=False), [ids for *_, ids in found]
     pad = n - len(head) - len(after) - sum(map(len, body))
-    head += itertools.islice(itertools.cycle(tokenizer.encode(FILLER, bos=False)), pad)
+    head += cycled(tokenizer.encode(FILLER, bos=False), pad)
     at = len(head) + sum(map(len, body[:asked]))
     return head + sum(body, []) + after, (at, at + len(body[asked]) - 1), value
 

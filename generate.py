@@ -108,8 +108,12 @@ def passkey_parts(tokenizer, n, depth=0.5, key="71432", filler=FILLER):
     if room < 0:
         raise ValueError(f"a passkey prompt takes at least {n - room} tokens, not {n}")
     first = round(depth * room)
-    cycle = [list(itertools.islice(itertools.cycle(fill), count)) for count in (first, room - first)]
-    return head + task + cycle[0], needle, cycle[1] + question
+    return head + task + cycled(fill, first), needle, cycled(fill, room - first) + question
+
+
+def cycled(ids, count):
+    """The first count of ids, over and over."""
+    return list(itertools.islice(itertools.cycle(ids), count))
 
 
 def passkey_prompt(tokenizer, n, depth=0.5, key="71432", filler=FILLER):

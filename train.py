@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 
 from eval_passkey import RECORDS, TASKS, WORDS, entries
-from generate import FILLER, NEEDLE, QUESTION, TASK, number, passkey_parts
+from generate import FILLER, NEEDLE, QUESTION, TASK, cycled, number, passkey_parts
 from model import ENCODINGS, Config, Llama, Tokenizer, load_tokenizer
 from positions import run_command
 
@@ -159,7 +159,7 @@ def record_row(rng, task, corpus, length, eos):
     ids = body + tail + before + after + [eos]
     pad = length + 1 - len(head) - len(ids)
     weights += [0.1] * len(before) + [8.0] * (len(after) + 1)
-    ids = head + (encode(FILLER, bos=False) * (pad // 8 + 1))[:pad] + ids
+    ids = head + cycled(encode(FILLER, bos=False), pad) + ids
     return ids, [0.1] * (length - len(weights)) + weights
 
 
