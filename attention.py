@@ -32,7 +32,7 @@ def attend(q, k, v, plan, impl="auto", kept=None):
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown attention implementation {impl!r}; there are {', '.join(IMPLEMENTATIONS)}")
     if impl == "auto" and is_causal(plan):
-        return attend_fused(q, k, v, plan, kept)
+        return by_heads(attend_fused, q, k, v, plan, kept)
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if impl in ("tiled", "triton") and wants_gradient:
         raise ValueError(f"impl={impl} has no gradient: use dense or auto")
@@ -45,7 +45,21 @@ def attend(q, k, v, plan, impl="auto", kept=None):
             return attend_triton(q, k, v, plan)
         if impl == "triton":
             raise ValueError(f"impl=triton: this machine lacks {missing}")
-    return attend_tiled(q, k, v, plan, kept=kept)
+    return by_heads(attend_tiled, q, k, v, plan, kept)
+
+
+def by_heads(f, q, k, v, plan, kept):
+    """f, attend_fused or attend_tiled, on a CPU of so few key heads at a time that their queries are 2^22 numbers:
+    rotated copies and sums stay small, however long the prompt."""
+    (B, H, Tq, D), Hkv = q.shape, k.shape[1]
+    group, per = H // Hkv, max(1, 2 ** 22 * Hkv // q.numel())
+    if per >= Hkv or q.device.type != "cpu" or plan.slopes is not None or torch.is_grad_enabled():
+        return f(q, k, v, plan, kept=kept)
+    out = torch.empty_like(q)
+    for h in range(0, Hkv, per):
+        heads = slice(h * group, (h + per) * group)
+        out[:, heads] = f(q[:, heads], k[:, h:h + per], v[:, h:h + per], plan)
+    return out
 
 
 def triton_missing(q):
@@ -89,14 +103,26 @@ def rotate(x, cos, sin):
 
     Half-split layout, as in Hugging Face checkpoints; an interleaved one would pair (2d, 2d + 1).
     """
-    a, b = x.float().chunk(2, -1)
     if torch.is_grad_enabled():
+        a, b = x.float().chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
-    out = torch.empty_like(x, dtype=torch.float32)  # the same without temporaries: a third of the time
-    c, d = out.chunk(2, -1)
-    torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=d).addcmul_(a, sin)
-    return out.to(x.dtype)
+    out = torch.empty_like(x)
+    for part, done, c, s in blocks(x, out, cos, sin):
+        a, b = part.float().chunk(2, -1)
+        low, high = done.chunk(2, -1)
+        low.copy_((a * c).addcmul_(b, s, value=-1))
+        high.copy_((b * c).addcmul_(a, s))
+    return out
+
+
+def blocks(*tensors):
+    """The tensors, (*, T, *) each, together in blocks of some of the T rows: on a CPU of 2^18 numbers of the first, so
+    that its cache holds what a block needs in between; else whole."""
+    x = tensors[0]
+    if x.numel() <= 2 ** 18 or x.device.type != "cpu":
+        return [tensors]
+    rows = max(1, 2 ** 18 * x.shape[-2] // x.numel())
+    return zip(*(t.split(rows, -2) for t in tensors))
 
 
 def turned(x, plan, pos, rows=slice(None)):
@@ -149,7 +175,10 @@ def sharpened(q, k, plan):
     if plan.cosine is not None:
         q, k = (F.normalize(x.float(), dim=-1, eps=1e-9).to(x.dtype) for x in (q, k))
         q = q * (plan.cosine * math.sqrt(q.shape[-1]))
-    return q if plan.q_scale is None else (q * plan.q_scale.to(q.device, torch.float32)[:, None]).to(q.dtype), k
+    if plan.q_scale is None or (plan.q_scale == 1).all():
+        return q, k
+    scales = plan.q_scale.to(q.device, torch.float32)[:, None]
+    return torch.cat([(part * scale).to(q.dtype) for part, scale in blocks(q, scales)], -2), k
 
 
 def alibi_bias(plan, region, rows, keys, device):
@@ -191,9 +220,12 @@ def is_causal(plan):
     """
     if len(plan.regions) > 1 or plan.slopes is not None:
         return False
-    r = plan.regions[0]
-    Tq, Tk = len(r.q_pos), len(r.k_pos)
-    return Tq in (1, Tk) and not r.start.any() and torch.equal(r.end, torch.arange(Tk - Tq + 1, Tk + 1))
+    if "causal" not in plan.tables:  # asked by every layer
+        r = plan.regions[0]
+        Tq, Tk = len(r.q_pos), len(r.k_pos)
+        ends = torch.arange(Tk - Tq + 1, Tk + 1)
+        plan.tables["causal"] = Tq in (1, Tk) and not r.start.any() and torch.equal(r.end, ends)
+    return plan.tables["causal"]
 
 
 def attend_fused(q, k, v, plan, kept=None):
@@ -217,12 +249,12 @@ def attend_tiled(q, k, v, plan, block_q=256, block_k=1024, kept=None):
     Where there is no fused call, ALiBi and other devices, every piece is at most block_q rows by block_k keys.
     """
     q, k = sharpened(q, k, plan)
-    out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    out = torch.zeros_like(q, dtype=torch.float32)
     lse = torch.full(q.shape[:3], NEVER, device=q.device)
     fused = has_fused(q, plan)
     for r in plan.regions:
         first, keys = rotated_keys(k, plan, r, q.shape[2] == 1 and kept)
-        for a, b in row_blocks(r, block_q, fused):
+        for a, b in row_blocks(plan, r, block_q, fused):
             rows = turned(q[:, :, a:b], plan, r.q_pos, slice(a, b))
             for lo, hi, kind in pieces(r, a, b, k.shape[2] if fused else block_k, fused):
                 bias = piece_bias(plan, r, slice(a, b), slice(lo, hi), kind, q.device)
@@ -233,8 +265,11 @@ def attend_tiled(q, k, v, plan, block_q=256, block_k=1024, kept=None):
 
 def rotated_keys(k, plan, r, kept=None):
     """The index of the first key that a region's queries see, and the keys from there to the last one seen, rotated."""
-    live = r.end > r.start
-    first, stop = int(r.start[live].min()), int(r.end[live].max())
+    key = "span", id(r)
+    if key not in plan.tables:
+        live = r.end > r.start
+        plan.tables[key] = int(r.start[live].min()), int(r.end[live].max())
+    first, stop = plan.tables[key]
     if kept and plan.inv_freq is not None:
         return first, kept.of(k, plan, r.k_pos)[:, :, first:stop]
     return first, turned(k[:, :, first:stop], plan, r.k_pos, slice(first, stop))
@@ -245,7 +280,15 @@ def has_fused(q, plan):
     return q.device.type == "cpu" and plan.slopes is None
 
 
-def row_blocks(r, block, fused):
+def row_blocks(plan, r, block, fused):
+    """The cuts of cut_rows, made once for all layers."""
+    key = "rows", id(r), block, fused
+    if key not in plan.tables:
+        plan.tables[key] = list(cut_rows(r, block, fused))
+    return plan.tables[key]
+
+
+def cut_rows(r, block, fused):
     """(a, b) ranges of the rows that see something in region r, within which start and end each stand still or move by
     one key per row; of at most `block` rows, but whole where start stands still and there is a fused call."""
     T, live = len(r.start), r.end > r.start
@@ -323,5 +366,6 @@ def fold(x, Hkv):
 
 def merge(out, lse, part, its_lse):
     """Add the attention over one more set of keys to out (B, H, T, D) and lse (B, H, T), float32, in place."""
-    out.lerp_(part.float(), torch.sigmoid(its_lse - lse)[..., None])
+    for old, new, weight in blocks(out, part, torch.sigmoid(its_lse - lse)[..., None]):
+        old.lerp_(new.float(), weight)
     lse.copy_(torch.logaddexp(lse, its_lse))

@@ -40,9 +40,9 @@ L = 4096  # training length of the attention benchmarks
 METHODS = ("rope", "rerope:window=512", "leaky-rerope:window=512", "self-extend:window=512", "lampe:head=512",
            "dca:chunk=1024:top=4095", "mesa:first=1024:chunk=1024:last=1024", "lm-infinite:local=2048",
            "streaming-llm:recent=1020")
-SHAPES = {  # layers, width, heads, key heads, width of the MLP, vocabulary
-    "110m": (12, 768, 12, 12, 2048, 32000), "1b": (16, 2048, 32, 8, 8192, 32000),
-    "llama-7b": (32, 4096, 32, 32, 11008, 32000)}
+SHAPES = {  # layers, width, heads, key heads, width of the MLP, vocabulary, training length
+    "110m": (12, 768, 12, 12, 2048, 32000, 1024), "1b": (16, 2048, 32, 8, 8192, 32000, 4096),
+    "llama-7b": (32, 4096, 32, 32, 11008, 32000, 4096)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def decode_attention(args, report):
 
 def checkpoint(args):
     """The folder of a random checkpoint of this shape in bfloat16, written if it is not there: one shard per layer."""
-    layers, width, heads, kv, wide, vocab = SHAPES[args.shape]
+    layers, width, heads, kv, wide, vocab, window = SHAPES[args.shape]
     folder = Path(args.scratch) / f"bench-{args.shape}"
     if (folder / "config.json").exists():
         return folder
@@ -298,7 +298,7 @@ def checkpoint(args):
     settings = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
                 "vocab_size": vocab, "hidden_size": width, "intermediate_size": wide, "num_hidden_layers": layers,
                 "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": width // heads,
-                "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": L, "torch_dtype": "bfloat16",
+                "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": window, "torch_dtype": "bfloat16",
                 "tie_word_embeddings": args.shape == "110m", "bos_token_id": 1, "eos_token_id": 2}
     with torch.device("meta"):
         model = Llama(config_of(settings, None))

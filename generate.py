@@ -29,7 +29,7 @@ QUESTION = "What is the pass key? The pass key is"
 # the library: token ids in, token ids out
 
 def generate(model, ids, method=None, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0, seed=None,
-             prefill_chunk=2048, impl="auto", freq=None, attn_scale=None, params=None, progress=None):
+             prefill_chunk=8192, impl="auto", freq=None, attn_scale=None, params=None, progress=None):
     """Yield up to max_new_tokens token ids that continue ids; the eos id that ends a text is the last one.
 
     method, freq, attn_scale and params (a dict) are those of Llama.plan; method None is what config.json says.
@@ -58,7 +58,7 @@ def plan_maker(model, method, n, freq=None, attn_scale=None, params=None):
 
 
 @torch.no_grad()
-def prefill(model, tokens, plan, room=64, chunk=2048, impl="auto", progress=None):
+def prefill(model, tokens, plan, room=64, chunk=8192, impl="auto", progress=None):
     """Read prompts tokens (B, n) in pieces: the logits (B, vocab_size) after them, and a cache with room for more."""
     n, device = tokens.shape[1], next(model.parameters()).device
     cache = KVCache(model.config, n + min(room, 1024))
@@ -284,7 +284,7 @@ def parse_args(argv):
     flag("top-k", type=number(int, 0), default=0, help="0 is all")
     flag("top-p", type=number(float, 0, 1), default=1.0)
     flag("seed", type=number(int, 0, 2 ** 63 - 1), default=1337)
-    flag("prefill-chunk", type=number(int, 1), default=2048, help="tokens per piece of the prefill")
+    flag("prefill-chunk", type=number(int, 1), default=8192, help="tokens per piece of the prefill")
     flag("set", action="append", default=[], metavar="name=value", help="a parameter of the method; repeatable")
     flag("freq", choices=FREQUENCIES, help="frequencies, for a method that has none of its own; default: the model's")
     flag("attn-scale", choices=SCALES, help="default: the method's own")

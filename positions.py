@@ -19,7 +19,7 @@ import inspect
 import math
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,12 @@ class Plan:
     slopes: Tensor | None = None     # (H,) ALiBi: slope * distance is subtracted from the logits
     cosine: float | None = None      # CosScale: logits are this times the cosine of q and k, not q.k/sqrt(D)
     tables: dict = field(init=False, default_factory=dict, repr=False, compare=False)  # cos, sin: attention.py
+
+    def last(self):
+        """The plan of the last query alone."""
+        regions = [Region(r.q_pos[-1:], r.k_pos, r.start[-1:], r.end[-1:]) for r in self.regions
+                   if r.end[-1] > r.start[-1]]
+        return replace(self, regions=regions, q_scale=None if self.q_scale is None else self.q_scale[-1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

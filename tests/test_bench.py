@@ -60,7 +60,7 @@ def test_layer_sections(section, fields, tmp_path):
 
 def test_whole_models_and_loading(tmp_path, monkeypatch):
     """A random checkpoint is written once, gives transformers the same logits, and both are timed."""
-    monkeypatch.setitem(bench.SHAPES, "110m", (2, 32, 4, 2, 64, 1200))
+    monkeypatch.setitem(bench.SHAPES, "110m", (2, 32, 4, 2, 64, 1200, 256))
     args = "--lengths", "40", *SMALL[2:], "--scratch", str(tmp_path), "--results", str(tmp_path / "b.jsonl")
     bench.run(["model", *args])
     written = (tmp_path / "bench-110m" / "config.json").stat().st_mtime_ns

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import Config, KVCache, Llama, load, load_model, load_tokenizer
+from model import Config, KVCache, Llama, by_rows, load, load_model, load_tokenizer
 from positions import METHODS
 
 METHODS = [name for name in METHODS if name != "longrope"]  # its factors come from a config, see test_strategies.py
@@ -246,10 +246,26 @@ def test_implementations_agree_in_a_model(method):
     assert float((model(ids, plan) - want).abs().max()) < 1e-4
 
 
-def test_last_only_is_the_last_row():
-    model, ids = random_model(), torch.arange(40)[None]
-    plan = model.plan("mesa", n=40)
-    assert torch.allclose(model(ids, plan, last_only=True), model(ids, plan)[:, -1:], atol=1e-6)
+@pytest.mark.parametrize("method", METHODS)
+def test_last_only_is_the_last_row(method):
+    """The last layer then computes one query; of a whole prompt, and of the second of two pieces."""
+    model, ids = random_model(), torch.arange(60)[None]
+    for first in (0, 25):
+        caches = [KVCache(model.config, 60), KVCache(model.config, 60)]
+        if first:
+            before = model.plan(method, n=60, i=torch.arange(first), j=torch.arange(first))
+            for cache in caches:
+                model(ids[:, :first], before, cache)
+        plan = model.plan(method, n=60, i=torch.arange(first, 60))
+        whole = model(ids[:, first:], plan, caches[0])
+        last = model(ids[:, first:], plan, caches[1], last_only=True)
+        assert torch.allclose(last, whole[:, -1:], atol=1e-4)
+        assert torch.equal(caches[0].k[-1], caches[1].k[-1])
+
+
+def test_by_rows_is_the_whole():
+    x = torch.randn(2, 10, 4)
+    assert torch.equal(by_rows(lambda part: 2 * part.cumsum(-1), x, rows=3), 2 * x.cumsum(-1))
 
 
 def test_cache_grows_and_keeps_what_it_holds():
