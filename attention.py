@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 IMPLEMENTATIONS = ("auto", "dense", "tiled", "triton")
+SHARE, BLOCK = 2 ** 22, 2 ** 18  # numbers that a CPU works on at a time: some heads, some rows
 NEVER = -1e30  # the log of a weight that is zero; finite, so that merging two empty parts gives no nan
 
 
@@ -49,10 +50,10 @@ def attend(q, k, v, plan, impl="auto", kept=None):
 
 
 def by_heads(f, q, k, v, plan, kept):
-    """f, attend_fused or attend_tiled, on a CPU of so few key heads at a time that their queries are 2^22 numbers:
-    rotated copies and sums stay small, however long the prompt."""
-    (B, H, Tq, D), Hkv = q.shape, k.shape[1]
-    group, per = H // Hkv, max(1, 2 ** 22 * Hkv // q.numel())
+    """f, attend_fused or attend_tiled, on a CPU of as many key heads at a time as have at most SHARE numbers in their
+    queries: rotated copies and sums stay small, however long the prompt. Not with ALiBi, whose slopes are per head."""
+    H, Hkv = q.shape[1], k.shape[1]
+    group, per = H // Hkv, max(1, SHARE * Hkv // q.numel())
     if per >= Hkv or q.device.type != "cpu" or plan.slopes is not None or torch.is_grad_enabled():
         return f(q, k, v, plan, kept=kept)
     out = torch.empty_like(q)
@@ -116,12 +117,12 @@ def rotate(x, cos, sin):
 
 
 def blocks(*tensors):
-    """The tensors, (*, T, *) each, together in blocks of some of the T rows: on a CPU of 2^18 numbers of the first, so
+    """The tensors, (*, T, *) each, together in blocks of some of the T rows: on a CPU of BLOCK numbers of the first, so
     that its cache holds what a block needs in between; else whole."""
     x = tensors[0]
-    if x.numel() <= 2 ** 18 or x.device.type != "cpu":
+    if x.numel() <= BLOCK or x.device.type != "cpu":
         return [tensors]
-    rows = max(1, 2 ** 18 * x.shape[-2] // x.numel())
+    rows = max(1, BLOCK * x.shape[-2] // x.numel())
     return zip(*(t.split(rows, -2) for t in tensors))
 
 
@@ -147,7 +148,7 @@ class TurnedKeys:
         copy = next((c for c in self.copies if self.serves(c, plan, pos)), None)
         if copy is None:
             copy = [pos[:0], (plan.inv_freq, plan.mscale, plan.cosine), k[:, :, :0]]
-            self.copies.append(copy)
+            self.copies = [*self.copies[-3:], copy]  # of old plans none is kept for ever
         old, new = len(copy[0]), len(pos)
         if copy[2].shape[2] < new:
             grown = k.new_empty(*k.shape[:2], new + new // 2, k.shape[3])

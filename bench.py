@@ -32,9 +32,9 @@ from safetensors.torch import save_file
 
 from attention import TurnedKeys, attend, attend_dense, turned
 from eval_passkey import parse_method
-from generate import DTYPES, decode, number, pick_device, plan_maker, prefill, say
-from model import Config, Llama, config_of, load_model
-from positions import figure_class, make_plan, run_command
+from generate import decode, method_list, number, pick_device, plan_maker, prefill, say
+from model import DTYPES, Config, Llama, available_memory, config_of, load_model
+from positions import figure_class, make_plan, run_command, seen
 
 L = 4096  # training length of the attention benchmarks
 METHODS = ("rope", "rerope:window=512", "leaky-rerope:window=512", "self-extend:window=512", "lampe:head=512",
@@ -182,11 +182,6 @@ def layer(args):
     return f"H={args.heads}, Hkv={args.kv_heads}, D={args.width}, {args.dtype}"
 
 
-def pairs(plan):
-    """How many keys all queries of a plan see."""
-    return sum(int((r.end - r.start).clamp(min=0).sum()) for r in plan.regions)
-
-
 def two_matrix(q, k, v, plan):
     """ReRoPE as its first code has it: two T x T score matrices, one of them chosen for each pair."""
     T, D = q.shape[2:]
@@ -217,7 +212,7 @@ def attention(args, report):
         for spec, plan in plans.items():
             calls[spec] = lambda plan=plan, q=q, k=k, v=v: attend(q, k, v, plan, args.impl)
         naive = next((spec for spec in plans if spec.startswith("rerope") and len(plans[spec].regions) == 2), None)
-        if naive and 16 * args.heads * T * T < available():
+        if naive and 16 * args.heads * T * T < available_memory():
             plans["two matrices"] = plans[naive]
             check("two matrices", two_matrix(q, k, v, plans[naive]), calls[naive](), q.dtype)
             calls["two matrices"] = lambda plan=plans[naive], q=q, k=k, v=v: two_matrix(q, k, v, plan)
@@ -229,19 +224,11 @@ def attention(args, report):
 def attention_row(args, T, name, times, memory, plans):
     """One line of the attention table."""
     seconds, full = statistics.median(times[name]), statistics.median(times["pytorch causal"])
-    useful = pairs(plans[name]) if name in plans else T * (T + 1) // 2
+    useful = int(seen(plans[name]).sum()) if name in plans else T * (T + 1) // 2
     return {"method": name, "tokens": T, "ms": seconds * 1e3, "best ms": min(times[name]) * 1e3,
             "x pytorch": seconds / full, "us/token": seconds / T * 1e6, "pairs": useful,
             "TFLOP/s": 4 * args.heads * args.width * useful / seconds / 1e12, "peak MiB": memory[name] / 2 ** 20,
             "x its memory": memory[name] / memory["pytorch causal"]}
-
-
-def available():
-    """Bytes of memory that are free, or what most machines have."""
-    try:
-        return 1024 * int(next(x for x in open("/proc/meminfo") if x.startswith("MemAvailable")).split()[1])
-    except (OSError, StopIteration):
-        return 8 * 2 ** 30
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,8 +285,9 @@ def checkpoint(args):
     settings = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
                 "vocab_size": vocab, "hidden_size": width, "intermediate_size": wide, "num_hidden_layers": layers,
                 "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": width // heads,
-                "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": window, "torch_dtype": "bfloat16",
-                "tie_word_embeddings": args.shape == "110m", "bos_token_id": 1, "eos_token_id": 2}
+                "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": window,
+                "torch_dtype": "bfloat16", "tie_word_embeddings": args.shape == "110m", "bos_token_id": 1,
+                "eos_token_id": 2}
     with torch.device("meta"):
         model = Llama(config_of(settings, None))
     shards, block = {}, 0.02 * torch.randn(2 ** 22, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -348,7 +336,7 @@ def others(args, folder, ours):
     want = ours(ids.to(args.device), ours.plan("rope", n=64)).float()
     size = weight_bytes(folder)
     for kind in ("sdpa", "eager"):
-        if args.device == "cpu" and 2.2 * size > available():
+        if args.device == "cpu" and 2.2 * size > available_memory():
             say(f"transformers {kind}: not enough memory beside our {size / 2**30:.1f} GiB")
             continue
         model = transformers_model(folder, kind)
@@ -369,16 +357,17 @@ def whole_model(args, report):
     flops = report.ceilings["matmul bfloat16 TFLOP/s"] * 1e12
     for n in args.lengths:
         ids = torch.randint(3, 1000, (1, n), generator=torch.Generator().manual_seed(n)).to(args.device)
-        plans = {spec: plan_maker(ours, *unpacked(spec, n)) for spec in args.methods}
+        plans = {spec: plan_maker(ours, n, *parse_method(spec)) for spec in args.methods}
         calls = {name: lambda model=model, ids=ids: model(ids, use_cache=True, logits_to_keep=1)
                  for name, model in rivals.items()
-                 if "eager" not in name or 48 * config.num_attention_heads * n * n < available()}
+                 if "eager" not in name or 48 * config.num_attention_heads * n * n < available_memory()}
         calls |= {spec: lambda plan=plan, ids=ids: prefill(ours, ids, plan) for spec, plan in plans.items()}
         times, memory = race(calls, args.rounds, args.device)
         rows = []
         for name, t in times.items():
-            seen = pairs(plans[name](torch.arange(n), torch.arange(n))) if name in plans else n * (n + 1) // 2
-            work = 2 * weights * n + 4 * seen * config.num_hidden_layers * config.hidden_size
+            plan = plans[name](torch.arange(n), torch.arange(n)) if name in plans else None
+            useful = int(seen(plan).sum()) if plan else n * (n + 1) // 2
+            work = 2 * weights * n + 4 * useful * config.num_hidden_layers * config.hidden_size
             seconds = statistics.median(t)
             rows.append({"prefill": name, "tokens": n, "seconds": seconds, "tokens/s": n / seconds,
                          "x transformers sdpa": statistics.median(times["transformers sdpa"]) / seconds
@@ -386,12 +375,6 @@ def whole_model(args, report):
                          "floor s": work / flops, "peak MiB": memory[name] / 2 ** 20})
         report.add("prefill", f"prefill of {n} tokens, {args.shape}, bfloat16", rows)
         decoding(args, report, ours, rivals, plans, ids, n)
-
-
-def unpacked(spec, n):
-    """The arguments of plan_maker after the model."""
-    method, *rest = parse_method(spec)
-    return method, n, *rest
 
 
 def decoding(args, report, ours, rivals, plans, ids, n, tokens=8):
@@ -425,7 +408,7 @@ import sys, time
 import torch
 from bench import peak
 if sys.argv[1] == "ours":
-    from model import Config, load_model
+    from model import DTYPES, Config, load_model
     make = lambda path: load_model(path, Config.from_hf(path))
 else:
     import transformers
@@ -498,7 +481,7 @@ LENGTHS = {"attention": [2048, 8192, 16384], "decode": [4096, 16384], "model": [
 def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("section", choices=[*SECTIONS, "all"])
-    p.add_argument("--methods", type=lambda text: text.split(","), help="as in eval_passkey.py")
+    p.add_argument("--methods", type=method_list, help="comma-separated, each name[:parameter=value...]")
     p.add_argument("--lengths", type=lambda text: [number(int, 16)(part) for part in text.split(",")])
     p.add_argument("--heads", type=number(int, 1), default=8)
     p.add_argument("--kv-heads", type=number(int, 1), help="default: as many as --heads")
@@ -522,7 +505,7 @@ def parse_args(argv):
 def run(argv=None):
     """The command: its exit code."""
     args = parse_args(argv)
-    args.device = pick_device(args.device)
+    args.device = pick_device("cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device)
     if args.plot:
         figure_class()
     for spec in args.methods or ():

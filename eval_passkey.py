@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from generate import (FILLER, NEEDLE, QUESTION, TASK, cycled, decode, new_parser, number, opened, placed, plan_maker,
-                      prefill, read_text, sample, say, warnings)
+from generate import (FILLER, NEEDLE, QUESTION, TASK, asked_methods, cycled, decode, method_list, new_parser, number,
+                      opened, placed, plan_maker, prefill, read_text, sample, say, warnings)
 from model import load_model
-from positions import METHODS, figure_class, parse_settings, run_command
+from positions import figure_class, parse_settings, run_command
 
 TASKS = ("passkey", "lines", "kv")
 RECORDS = {  # what comes first, an entry, the question, and the answer as it stands in an entry
@@ -34,16 +34,15 @@ RECORDS = {  # what comes first, an entry, the question, and the answer as it st
     "kv": ("Below is a list of keys and values. Remember the value of each key.",
            "{name}: {value},", "What is the value of {name}? {name}:", "{value},")}
 WORDS = """
-ant ape arch arm ash axe bag ball band bank barn bath bean bear bed bee bell belt bird boat bone boot bowl boy
-bread brick bridge brush bull bus bush cake camp cap car card cart cat cave chain chair chalk chin clay clock
-cloud club coal coat coin comb cook cord cork corn cow crab crow crown cup dart desk dish dog doll door dove
-drum duck dust eagle ear earth egg elf elm face fan farm fern fig fire fish flag flame flute foot fork fox frog
-fruit game gate gem ghost gift glass globe glove goat gold goose grape hand harp hat hawk heart hen herb hill
-hive hook horn horse house ice ink iron island jar jet jewel judge jug king kite knee knife knot lace lake lamb
-lamp leaf lemon lens lime lion lock log map mask meal milk mill mint mole moon moss moth mouse mule nail neck
-nest net nose nut oak oar ocean olive onion owl paint palm pan park pea peach pear pen piano pig pine pipe plate
-plum pond pony pot queen rain rat ring river road robe rock roof room root rose rug sail salt sand
+ant ape arch arm ash axe bag ball band bank barn bath bean bear bed bee bell belt bird boat bone boot bowl boy bread
+bull bus bush cake camp cap car card cart cat cave chain chin clay clock club coal coat coin comb cook cord cork corn
+cow crab crow cup dart desk dish dog doll door dove drum duck dust ear egg elf elm face fan farm fern fig fire fish
+flag foot fork fox frog fruit game gate gem gift goat gold hand harp hat hawk hen herb hill hive hook horn ice ink
+iron jar jet jug king kite knee knot lace lake lamb lamp leaf lens lime lion lock log map mask meal milk mill mint
+mole moon moss moth mouse mule nail neck nest net nose nut oak oar owl paint palm pan park pea pen pig pipe pot rat
+rock room root rug salt
 """.split()  # names of entries
+PAIRS = ["-".join(pair) for pair in itertools.permutations(WORDS, 2)]  # where words are too few
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry")  # owners of several keys
 BATCH = 16384  # tokens that run together
 GRID = 32      # distances of --kmax
@@ -74,10 +73,10 @@ def build(tokenizer, n, depth, keys, filler):
     if room < 0:
         raise ValueError(f"a passkey prompt takes at least {n - room} tokens, not {n}")
     others = [(k + 1) / len(needles) for k in range(len(needles) - 1)]
-    placed = sorted((round(d * room), k == len(needles) - 1, needle) for k, (d, needle)
+    spread = sorted((round(d * room), k == len(needles) - 1, needle) for k, (d, needle)
                     in enumerate(zip([*others, depth], needles)))
     ids, fill, done = list(head), itertools.cycle(filler), 0
-    for at, asked, needle in placed:
+    for at, asked, needle in spread:
         ids += itertools.islice(fill, at - done)
         if asked:
             span = len(ids), len(ids) + len(needle) - 1
@@ -85,10 +84,11 @@ def build(tokenizer, n, depth, keys, filler):
     return ids + list(itertools.islice(fill, room - done)) + question, span
 
 
-def entries(tokenizer, task, room, rng):
+def entries(tokenizer, task, room, rng, names=None):
     """[(name, value, ids)] of as many entries of a record as fit into room tokens.
 
-    No name occurs twice: they are WORDS, or, where these are too few, pairs like "moth-lamp". Values have five digits.
+    names: what to draw names from, none twice; by default WORDS, or, where these are too few, PAIRS like "moth-lamp".
+    Values have five digits.
     """
     _, entry, *_ = RECORDS[task]
 
@@ -96,7 +96,7 @@ def entries(tokenizer, task, room, rng):
         value = str(rng.randrange(10000, 100000))
         return name, value, tokenizer.encode(entry.format(name=name, value=value), bos=False)
     count = max(room, 0) // min(len(encoded(word)[-1]) for word in WORDS[:8])
-    names = WORDS if count <= len(WORDS) else ["-".join(pair) for pair in itertools.permutations(WORDS, 2)]
+    names = names or (WORDS if count <= len(WORDS) else PAIRS)
     out = []
     for name in rng.sample(names, min(count, len(names))):
         out.append(encoded(name))
@@ -110,8 +110,7 @@ def record(tokenizer, task, n, depth, rng):
     """(ids of exactly n tokens, (first, last) token of the entry asked for, its value): a record full of entries like
     it (LongEval's lines, or key-value pairs). ValueError where n is too short for one entry."""
     first, _, question, _ = RECORDS[task]
-    longest = "-".join(WORDS[:2])
-    head, after = tokenizer.encode(first), tokenizer.encode(question.format(name=longest), bos=False)
+    head, after = tokenizer.encode(first), tokenizer.encode(question.format(name=PAIRS[0]), bos=False)
     found = entries(tokenizer, task, n - len(head) - len(after) - 8, rng)
     if not found:
         raise ValueError(f"{n} tokens are too few for a prompt of the task {task}")
@@ -121,7 +120,7 @@ def record(tokenizer, task, n, depth, rng):
     pad = n - len(head) - len(after) - sum(map(len, body))
     head += cycled(tokenizer.encode(FILLER, bos=False), pad)
     at = len(head) + sum(map(len, body[:asked]))
-    return head + sum(body, []) + after, (at, at + len(body[asked]) - 1), value
+    return head + list(itertools.chain.from_iterable(body)) + after, (at, at + len(body[asked]) - 1), value
 
 
 def filler_ids(args, tokenizer):
@@ -160,8 +159,7 @@ def parse_method(text):
 
 def answer(model, tokenizer, prompts, texts, how, impl):
     """[(first integer of the greedy answer or "", log-probability of the right text)] for prompts of one length."""
-    n, (method, *rest) = len(prompts[0]), how
-    plan = plan_maker(model, method, n, *rest)
+    n, plan = len(prompts[0]), plan_maker(model, len(prompts[0]), *how)
     wanted = torch.tensor([tokenizer.encode(text, bos=False) for text in texts])
     steps = wanted.shape[1]
     logits, cache = prefill(model, torch.tensor(prompts), plan, 2 * steps + 4, impl=impl)
@@ -178,8 +176,8 @@ def answer(model, tokenizer, prompts, texts, how, impl):
 
 def is_cut(model, n, span, how):
     """Whether the last token of the needle cannot see its first one: a chunk boundary of Mesa, the edge of a window."""
-    (first, last), (method, *rest) = span, how
-    plan = plan_maker(model, method, n, *rest)(torch.tensor([last]), torch.arange(n))
+    first, last = span
+    plan = plan_maker(model, n, *how)(torch.tensor([last]), torch.arange(n))
     return not any(int(r.start) <= first < int(r.end) for r in plan.regions)
 
 
@@ -199,11 +197,11 @@ class Results:
             kept = whole[:whole.rfind(b"\n") + 1]  # a killed run may have left half a line
             if len(kept) < len(whole):
                 self.path.write_bytes(kept)
-            for number_, line in enumerate(kept.splitlines(), 1):
+            for count, line in enumerate(kept.splitlines(), 1):
                 try:
                     row = json.loads(line)
                 except ValueError:
-                    raise ValueError(f"{path}: line {number_} is not a result; choose another --results file") from None
+                    raise ValueError(f"{path}: line {count} is not a result; choose another --results file") from None
                 if {name: row.get(name) for name in settings} == settings:
                     self.rows[self.place(row)] = row
 
@@ -342,15 +340,9 @@ def plot(rows, methods, lengths, cells, L, path):
 def parse_args(argv):
     parser, flag = new_parser(__doc__)
 
-    def names(text):
-        found = [m for m in METHODS if m != "longrope"] if text == "all" else [part for part in text.split(",") if part]
-        if not found:
-            raise argparse.ArgumentTypeError("no method given")
-        return found
-
     def counts(text):
         return [number(int, 1)(part) for part in text.split(",")]
-    flag("methods", type=names, default=["rope", "pi", "rerope", "self-extend", "mesa"],
+    flag("methods", type=method_list,
          help="comma-separated, each name[:parameter=value...], freq=... and attn-scale=... among them; or all")
     flag("lengths", type=counts, help="in tokens; default: 1,2,4,8 times the window")
     flag("depths", type=number(int, 1), default=5, help="cells that the depth range is divided into")
@@ -384,7 +376,6 @@ def check(args, config, tokenizer, fill):
 def report(args, results, L):
     """Table, heatmaps and what boundaries cost, on stdout."""
     rows = [row for row in results.rows.values() if row["method"] in args.methods and row["length"] in args.lengths]
-    rows = [row for row in rows if row["trial"] < args.trials]
     print(table(rows, args.methods, args.lengths, L))
     for m in args.methods:
         if args.kmax:
@@ -401,6 +392,7 @@ def run(argv=None):
     """The command: its exit code."""
     args = parse_args(argv)
     path, config, tokenizer = opened(args)
+    args.methods = asked_methods(config, args.methods, (config.freq, "pi", "rerope", "self-extend", "mesa"))
     args.lengths = args.lengths or [config.train_len * k for k in (1, 2, 4, 8)]
     fill = filler_ids(args, tokenizer)
     check(args, config, tokenizer, fill)

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from eval_passkey import Results, fingerprint, parse_method, select
-from generate import new_parser, number, opened, placed, plan_maker, read_text, say, warnings
+from generate import (asked_methods, method_list, new_parser, number, opened, placed, plan_maker, read_text, say,
+                      warnings)
 from model import KVCache, load_model
 from positions import figure_class, run_command
 
@@ -25,8 +26,8 @@ from positions import figure_class, run_command
 @torch.no_grad()
 def losses(model, ids, how, chunk=512, impl="auto"):
     """-log p (len(ids) - 1,) in nats of every token but the first, given all before it; prompt length n = len(ids)."""
-    n, (method, *rest), device = len(ids), how, next(model.parameters()).device
-    plan, cache, tokens = plan_maker(model, method, n, *rest), KVCache(model.config, n), torch.tensor([ids])
+    n, device = len(ids), next(model.parameters()).device
+    plan, cache, tokens = plan_maker(model, n, *how), KVCache(model.config, n), torch.tensor([ids])
     out = []
     for begin in range(0, n - 1, chunk):
         stop = min(begin + chunk, n - 1)
@@ -71,12 +72,12 @@ def by_position(args, model, tokenizer, ids, spec, results):
 def sliding(args, model, tokenizer, ids, spec, results):
     """Rows of the summed loss of every window's newly scored tokens."""
     spans = windows(len(ids), args.window - len(head(tokenizer)), args.stride)
-    for number_, (begin, end, first) in enumerate(spans):
-        if (spec, number_) not in results.rows:
+    for index, (begin, end, first) in enumerate(spans):
+        if (spec, index) not in results.rows:
             nll = losses(model, head(tokenizer) + ids[begin:end], parse_method(spec), impl=args.impl)
             nll = nll[-(end - first):]  # without a BOS nothing predicts the first token, and it is not scored
-            results.add([{"method": spec, "span": number_, "nll": round(float(nll.mean()), 6), "tokens": len(nll)}])
-            say(f"\r{spec}: window {number_ + 1} of {len(spans)}", end="\n" if end == len(ids) else "")
+            results.add([{"method": spec, "span": index, "nll": round(float(nll.mean()), 6), "tokens": len(nll)}])
+            say(f"\r{spec}: window {index + 1} of {len(spans)}", end="\n" if end == len(ids) else "")
 
 
 def mean(rows):
@@ -122,8 +123,7 @@ def plot(args, rows, L):
 def parse_args(argv):
     parser, flag = new_parser(__doc__)
     parser.add_argument("text", metavar="FILE", help="a UTF-8 text")
-    flag("methods", type=lambda text: [part for part in text.split(",") if part],
-         default=["rope", "rerope", "self-extend", "mesa"], help="comma-separated, as in eval_passkey.py")
+    flag("methods", type=method_list, help="comma-separated, as in eval_passkey.py")
     flag("length", type=number(int, 2), help="loss by position: tokens per document; default: 8 times the window")
     flag("documents", type=number(int, 1), default=1, help="consecutive parts of the text, of --length tokens each")
     flag("buckets", type=number(int, 1), default=8, help="stretches that a document is divided into")
@@ -142,6 +142,8 @@ def check(args, config, tokenizer, ids):
     """ValueError for lengths that do not go together, before anything long; warnings of what will not work well."""
     if args.plot:
         figure_class()
+    if len(ids) < 2:
+        raise ValueError(f"{args.text}: too short a text")
     if args.window and args.stride > args.window - len(head(tokenizer)):
         raise ValueError(f"--stride {args.stride} leaves gaps between windows of {args.window} tokens, BOS included")
     if args.buckets >= args.length:
@@ -159,6 +161,7 @@ def run(argv=None):
     path, config, tokenizer = opened(args)
     L, ids = config.train_len, tokenizer.encode(read_text(args.text), bos=False)[:args.tokens]
     args.length = args.length or 8 * L
+    args.methods = asked_methods(config, args.methods, (config.freq, "rerope", "self-extend", "mesa"))
     check(args, config, tokenizer, ids)
     device, dtype = placed(args, config)
     protocol = {"window": args.window, "stride": args.stride, "text_tokens": len(ids)} if args.window else {

@@ -44,7 +44,7 @@ def generate(model, ids, method=None, max_new_tokens=64, temperature=0.0, top_k=
 
     def choose(logits):
         return sample(logits.float().cpu(), temperature, top_k, top_p, generator)
-    plan = plan_maker(model, method, len(ids), freq, attn_scale, params)
+    plan = plan_maker(model, len(ids), method, freq, attn_scale, params)
     logits, cache = prefill(model, torch.tensor([ids]), plan, max_new_tokens, prefill_chunk, impl, progress)
     for token in decode(model, logits, cache, plan, choose, max_new_tokens, impl):
         yield int(token)
@@ -52,7 +52,7 @@ def generate(model, ids, method=None, max_new_tokens=64, temperature=0.0, top_k=
             return
 
 
-def plan_maker(model, method, n, freq=None, attn_scale=None, params=None):
+def plan_maker(model, n, method=None, freq=None, attn_scale=None, params=None):
     """plan(i, j) of one method for a prompt of n tokens, for any queries and keys of it and of what follows it."""
     return lambda i, j: model.plan(method, n=n, i=i, j=j, freq=freq, attn_scale=attn_scale, **(params or {}))
 
@@ -257,6 +257,28 @@ def number(kind, least, most=float("inf")):
         return value
     parse.__name__ = kind.__name__
     return parse
+
+
+def method_list(text):
+    """An argparse type: "rope,mesa:overlap=32" in parts; see asked_methods."""
+    found = [part for part in text.split(",") if part]
+    if not found:
+        raise argparse.ArgumentTypeError("no method given")
+    return found
+
+
+def asked_methods(config, asked, default):
+    """The methods asked for, else the default ones; of these, and of "all", those that the model can take."""
+    if asked and asked != ["all"]:
+        return asked
+    out = []
+    for method in dict.fromkeys(METHODS if asked else default):
+        try:
+            config.plan(method, n=2)
+            out.append(method)
+        except ValueError:  # it sets frequencies that the model has not, or that only a config.json holds
+            pass
+    return out
 
 
 def new_parser(description):

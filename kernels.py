@@ -12,8 +12,8 @@ walk goes region by region over the keys from the first to the last that some qu
 keys rotated for that region, all into the same m, l, acc. Between those ends lies a span that all queries of the tile
 see in full, where no mask is needed; only its two ragged edges compare every key with every query's interval.
 
-Keys are rotated once per region before prefill, which costs 2 % of it; rotating inside the walk would repeat it for
-every tile of queries. DECODING is the opposite: one query, bound by reading the cache, so its kernel reads the
+Keys are rotated once per region before prefill, a small part of its work; rotating inside the walk would repeat it
+for every tile of queries. DECODING is the opposite: one query, bound by reading the cache, so its kernel reads the
 un-rotated keys once, rotates them in registers, and shares them out to many programs whose parts merge at the end.
 
 Does: forward, any number of query heads per key head, lengths that fill no tile, widths 16 to 256, fp32, bf16, fp16.

@@ -156,8 +156,8 @@ def rope_settings(raw):
          or raw.get("max_position_embeddings", 2048))
     if encoding != "rope":
         return encoding, 10000.0, {}, L
-    if kind == "longrope":
-        rope.setdefault("factor", raw.get("max_position_embeddings", L) / L)
+    if kind == "longrope" and rope.get("factor") is None:
+        rope["factor"] = raw.get("max_position_embeddings", L) / L
     if kind != "default" and rope.get("factor") is None:
         raise ValueError(f"rope_type {kind!r} has no factor")
     theta = next((x for x in (rope.get("rope_theta"), raw.get("rope_theta")) if x is not None), 10000.0)
@@ -348,13 +348,16 @@ def load(path, dtype=torch.float32, device="cpu", train_len=None):
 
 
 def load_model(path, config, dtype=None, device="cpu"):
-    """The Llama of a folder. Tensors stay memory-mapped files where neither type nor device changes."""
+    """The Llama of a folder. Where neither type nor device changes, weights that would fill more than a quarter of the
+    free memory stay memory-mapped files; smaller ones are copied, as decoding reads memory of its own faster."""
     with torch.device("meta"):
         model = Llama(config)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    state = {}
-    for file, names in weight_files(Path(path)).items():
-        state.update(read_tensors(file, names, wanted, config, dtype, device))
+    files, state = weight_files(Path(path)), {}
+    sizes = {file: file.stat().st_size if file.is_file() else 0 for file in files}
+    copied = sum(sizes.values()) < available_memory() / 4
+    for file in sorted(files, key=sizes.get, reverse=True):  # what is mapped while it is copied gets smaller
+        state.update(read_tensors(file, files[file], wanted, config, dtype, device, copied))
     missing = sorted(wanted.keys() - state.keys())
     if missing:
         raise ValueError(f"{path}: the checkpoint lacks {len(missing)} tensors, among them {missing[0]}")
@@ -380,7 +383,15 @@ def weight_files(path):
     raise FileNotFoundError(f"{path}: no model.safetensors and no model.safetensors.index.json in this folder")
 
 
-def read_tensors(file, names, wanted, config, dtype, device):
+def available_memory():
+    """Bytes of memory that are free, or what most machines have."""
+    try:
+        return 1024 * int(next(x for x in open("/proc/meminfo") if x.startswith("MemAvailable")).split()[1])
+    except (OSError, StopIteration):
+        return 8 * 2 ** 30
+
+
+def read_tensors(file, names, wanted, config, dtype, device, copied=False):
     """{name: tensor} from one file, each checked by name and shape before it is read."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: the index names this file, but it is not there")
@@ -400,10 +411,19 @@ def read_tensors(file, names, wanted, config, dtype, device):
                     raise ValueError(f"{file}: {name} has shape {shape}, config.json implies {wanted[name]}")
                 if f.get_slice(name).get_dtype() not in ("F64", "F32", "BF16", "F16"):
                     raise ValueError(f"{file}: {name} is not of a float type, and quantised weights are not supported")
-                out[name] = f.get_tensor(name).to(device=device, dtype=dtype)
+                out[name] = read_tensor(file, name, dtype, device, copied)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
     return out
+
+
+def read_tensor(file, name, dtype, device, copied):
+    """One tensor, mapped to the file or copied from it; its file is opened for it alone, so that no more of it is held
+    than is in use."""
+    with safetensors.safe_open(file, framework="pt", device="cpu") as f:
+        held = f.get_tensor(name)
+        tensor = held.to(device=device, dtype=dtype)
+        return tensor.clone() if copied and tensor is held else tensor
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Plan:
     q_scale: Tensor | None = None    # (Tq,) float64 factor on all logits of a query
     slopes: Tensor | None = None     # (H,) ALiBi: slope * distance is subtracted from the logits
     cosine: float | None = None      # CosScale: logits are this times the cosine of q and k, not q.k/sqrt(D)
-    tables: dict = field(init=False, default_factory=dict, repr=False, compare=False)  # cos, sin: attention.py
+    tables: dict = field(init=False, default_factory=dict, repr=False, compare=False)  # what executors make of it
 
     def last(self):
         """The plan of the last query alone."""
@@ -405,9 +405,10 @@ def longrope(D, base, n, L, *, short_factor=None, long_factor=None, factor=None,
     factors = long_factor if n > L else short_factor
     if not isinstance(factors, list) or len(factors) != D // 2:
         raise ValueError(f"longrope needs short_factor and long_factor, {D // 2} numbers each, from config.json")
-    if attention_factor is None:
-        attention_factor = math.sqrt(1 + math.log(factor) / math.log(L)) if factor and factor > 1 else 1.0
-    return rope(D, base, n, L)[0] / torch.tensor(factors, dtype=torch.float64), attention_factor
+    factors = [positive("a factor of longrope", x) for x in factors]
+    usual = math.sqrt(1 + math.log(factor) / math.log(L)) if factor and factor > 1 else 1.0
+    mscale = positive("attention_factor", attention_factor, usual)
+    return rope(D, base, n, L)[0] / torch.tensor(factors, dtype=torch.float64), mscale
 
 
 def llama3(D, base, n, L, *, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -418,6 +419,8 @@ def llama3(D, base, n, L, *, factor=8.0, low_freq_factor=1.0, high_freq_factor=4
     """
     L = whole("original_max_position_embeddings", original_max_position_embeddings, L)
     low, high = positive("low_freq_factor", low_freq_factor), positive("high_freq_factor", high_freq_factor)
+    if low >= high:
+        raise ValueError(f"low_freq_factor {low} must be below high_freq_factor {high}")
     plain = rope(D, base, n, L)[0]
     keep = ((L * plain / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
     return plain * keep + plain / positive("factor", factor) * (1 - keep), 1.0

@@ -1,17 +1,19 @@
-"""Train the tiny LLaMAs that ship in checkpoints/, from nothing, each on one CPU core in half an hour.
+"""Train the tiny LLaMAs that ship in checkpoints/, each on one CPU core in less than an hour.
 
 Does: collect the prose that comes with every Python (help topics, docstrings), train a sentencepiece model on it,
 then a LLaMA on a mix of prose, passkey prompts, and records of lines and of key-value pairs, of every length up to its
-window. Writes a Hugging Face folder and training.json, the record of the run. An interrupted run, also a killed one,
-continues from its last save when the same command is given again, and ends in the same weights: batches depend on
-(seed, step) alone.
+window; or start from the weights and the tokenizer of another such model (--init). Writes a Hugging Face folder and
+training.json, the record of the run. An interrupted run, also a killed one, continues from its last save when the same
+command is given again, and ends in the same weights: batches depend on (seed, step) alone.
 
 Does not: read any other data, or show the model a position beyond --window. Whatever the model does out there is the
 doing of the extrapolation method.
 
-    python train.py --out checkpoints/tiny
-    python train.py --out checkpoints/tiny-alibi --position alibi --store bfloat16
-    python train.py --out checkpoints/tiny-cosine --cosine 16 --store bfloat16 --steps 600 --grow 300
+    python train.py --out start --cosine 16 --store bfloat16 --steps 2000 --grow 1000
+    python train.py --out middle --init start --steps 1200 --grow 100 --lr 1.5e-3
+    python train.py --out checkpoints/tiny --init middle --steps 1000 --warmup 50 --grow 1 --lr 2e-3
+    python train.py --out checkpoints/tiny-cosine --init start --cosine 16 --store bfloat16 --steps 600 --grow 100
+    python train.py --out checkpoints/tiny-nope --position nope --store bfloat16 --steps 2000 --grow 1000
 """
 import argparse
 import ast
@@ -22,6 +24,7 @@ import os
 import platform
 import pydoc_data.topics
 import random
+import shutil
 import sys
 import sysconfig
 import time
@@ -33,13 +36,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 
-from eval_passkey import RECORDS, TASKS, WORDS, entries
+from eval_passkey import PAIRS, RECORDS, TASKS, WORDS, entries
 from generate import FILLER, NEEDLE, QUESTION, TASK, cycled, number, passkey_parts
-from model import ENCODINGS, Config, Llama, Tokenizer, load_tokenizer
+from model import ENCODINGS, Config, Llama, Tokenizer, load_model, load_tokenizer
 from positions import run_command
 
 ANSWER = "{key}."              # what follows QUESTION; sentencepiece puts the space in front
-MIX = ("kv", "prose", "lines", "prose", "passkey", "lines", "kv")  # kinds of rows, over and over
+MIX = ("kv", "prose", "kv", "lines", "passkey", "lines")  # kinds of rows, over and over
 MUON = 7                       # its learning rate over that of AdamW
 STATE = "training-state.pt"    # an unfinished run: model, optimizer, step; deleted at the end
 
@@ -75,10 +78,13 @@ def train_tokenizer(path, documents, vocab_size):
     lines = [text[k:k + 2000] for text in documents for k in range(0, len(text), 2000)]
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences + lines), model_writer=file, model_type="bpe",
-            vocab_size=vocab_size, byte_fallback=True, split_digits=True, character_coverage=0.9995,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2)
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(sentences + lines), model_writer=file, model_type="bpe",
+                vocab_size=vocab_size, byte_fallback=True, split_digits=True, character_coverage=0.9995,
+                normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2)
+        except RuntimeError as error:
+            raise ValueError(f"--vocab {vocab_size}: {str(error).strip().splitlines()[-1]}") from None
     os.replace(part, path)
 
 
@@ -90,6 +96,7 @@ class Corpus:
     sentences: list[str]   # of 20 to 120 characters, to repeat as filler
     stream: list[int]      # all documents in random order, each between <s> and </s>
     shortest: int          # tokens of the shortest prompt and its answer, of any task
+    longest: str           # of WORDS, in tokens
 
 
 def make_corpus(args, tokenizer, documents, config):
@@ -99,10 +106,13 @@ def make_corpus(args, tokenizer, documents, config):
     stream = []
     for text in random.Random(args.seed).sample(documents, len(documents)):
         stream += tokenizer.encode(text, bos=True) + [config.eos_token_id[0]]
+    name = max(WORDS, key=lambda word: len(tokenizer.encode(word)))
     fixed = [(TASK, NEEDLE, QUESTION, ANSWER), *RECORDS.values()]
-    shortest = 1 + max(len(tokenizer.encode(" ".join(texts).format(key=71432, name=WORDS[0], value=52908)))
+    shortest = 1 + max(len(tokenizer.encode(" ".join(texts).format(key=71432, name=name, value=52908)))
                        for texts in fixed)
-    return Corpus(tokenizer, documents, sentences, stream, shortest)
+    if shortest > args.window:
+        raise ValueError(f"--window {args.window}: the shortest prompt and its answer take {shortest} tokens")
+    return Corpus(tokenizer, documents, sentences, stream, shortest, name)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -143,12 +153,18 @@ def passkey_row(rng, corpus, length, eos):
 
 
 def record_row(rng, task, corpus, length, eos):
-    """As passkey_row, for a record of lines or of key-value pairs: entries, the same entries in another order, and a
-    question with its answer. Each value that is said again is a lesson in finding it by its name."""
+    """As passkey_row, for a record of lines or of key-value pairs: entries, half of the time the same entries again in
+    another order, and a question with its answer. Each value that is said again is a lesson in finding it by its name;
+    one name of eight is learned sooner than one of hundreds."""
     first, _, question, answer = RECORDS[task]
     encode, head = corpus.tokenizer.encode, corpus.tokenizer.encode(first)
-    room = length - len(head) - len(encode((question + " " + answer).format(name=WORDS[0], value=52908), bos=False)) - 4
-    found = entries(corpus.tokenizer, task, room // 2, rng) or entries(corpus.tokenizer, task, room, rng)
+    wide = length >= corpus.shortest + 40
+    names = rng.choice((WORDS[:8], WORDS[:64], WORDS, PAIRS if wide else WORDS))
+    name = "-".join([corpus.longest] * 2) if names is PAIRS else corpus.longest
+    room = length - len(head) - len(encode((question + " " + answer).format(name=name, value=52908), bos=False)) - 4
+    part = room // 2 if rng.random() < 0.5 else room  # all of it: what is asked may be as far as can be
+    found = (entries(corpus.tokenizer, task, part, rng, names) or entries(corpus.tokenizer, task, room, rng, names)
+             or entries(corpus.tokenizer, task, room, rng))
     name, value, _ = rng.choice(found)
     body, tail, weights = sum((ids for *_, ids in found), []), [], []
     told = len(encode(answer.format(value=value), bos=False))
@@ -209,6 +225,23 @@ def new_model(args):
     return model
 
 
+def start_from(folder, model):
+    """Copy the weights of a checkpoint into a model of the same shape. Where its logits are s cos(q, k) and the model's
+    are q.k/sqrt(D), queries and keys are made so long that these are about as large: |q| |k| = s sqrt(D)."""
+    theirs, c = Config.from_hf(folder), model.config
+    held = load_model(folder, theirs, torch.float32).state_dict()
+    if {name: w.shape for name, w in held.items()} != {name: w.shape for name, w in model.state_dict().items()}:
+        raise ValueError(f"{folder}: its matrices have not the shapes of these settings")
+    if theirs.freq == c.freq == "rope" and theirs.rope_theta != c.rope_theta:
+        raise ValueError(f"{folder}: trained with --rope-theta {theirs.rope_theta:g}, not {c.rope_theta:g}")
+    model.load_state_dict(held)
+    if theirs.cosine_attention and not c.cosine_attention:
+        square = theirs.cosine_attention * math.sqrt(c.head_dim)
+        for name, w in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                w.data *= (square / (c.head_dim * w.data.square().sum(1).mean())).sqrt()
+
+
 def own_keys(config):
     """What config.json says of positions that Hugging Face's LLaMA does not know; nothing for a plain rotary model."""
     keys = {"position_encoding": config.freq, "cosine_attention": config.cosine_attention}
@@ -261,6 +294,7 @@ def settings(argv=None):
     # radians; 500 makes that 0.75 in 256 tokens. With 10,000 it is 0.05, and plain RoPE itself reaches four windows.
     p.add_argument("--rope-theta", type=number(float, 2), default=500.0)
     p.add_argument("--lr", type=number(float, 1e-9, 1), default=3e-3, help="the highest learning rate")
+    p.add_argument("--init", metavar="FOLDER", help="start from the weights and the tokenizer of this checkpoint")
     p.add_argument("--position", choices=ENCODINGS, default="rope", help="how the model knows where tokens are")
     p.add_argument("--cosine", type=number(float, 1e-3), metavar="S", help="CosScale: logits are S cos(q, k)")
     p.add_argument("--warmup", type=number(int, 0), default=150, help="steps of rising learning rate")
@@ -388,10 +422,16 @@ def main(argv=None):
         raise ValueError(f"{args.out} holds a finished run; choose another --out, or delete it")
     torch.set_num_threads(1)  # so that sums are made in one order, and a rerun gives the same weights
     torch.manual_seed(args.seed)
+    model = new_model(args)
+    if args.init:
+        start_from(args.init, model)
+    documents = prose()
     args.out.mkdir(parents=True, exist_ok=True)
-    model, documents = new_model(args), prose()
     if not (args.out / STATE).exists():
-        train_tokenizer(args.out / "tokenizer.model", documents, args.vocab)
+        if args.init:
+            shutil.copyfile(Path(args.init) / "tokenizer.model", args.out / "tokenizer.model")
+        else:
+            train_tokenizer(args.out / "tokenizer.model", documents, args.vocab)
     corpus = make_corpus(args, load_tokenizer(args.out, model.config), documents, model.config)
     curve = train(args, model, corpus)
     write_folder(args.out, model)

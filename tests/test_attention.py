@@ -75,6 +75,15 @@ def test_prompt(method, n, L):
     check_all(*inputs(shape, n, n), plan_for(method, shape, n, L))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_few_heads_and_few_rows_at_a_time(method, monkeypatch):
+    """As with long prompts: one key head, then two, and ten rows, to a turn."""
+    for shape, share, block in ((SHAPES[1], 1, 640), ((2, 6, 3, 8), 2 * 2 * 2 * 130 * 8, 480)):
+        monkeypatch.setattr(attention, "SHARE", share)
+        monkeypatch.setattr(attention, "BLOCK", block)
+        check_all(*inputs(shape, 130, 130), plan_for(method, shape, 130, 32))
+
+
 @pytest.mark.parametrize("method, params", COMPOSITIONS, ids=str)
 def test_compositions(method, params):
     for shape, n in ((SHAPES[1], 37), (SHAPES[4], 101)):

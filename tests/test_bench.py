@@ -44,7 +44,7 @@ def test_pairs_are_those_of_the_plan():
     """Causal attention has T (T + 1) / 2 pairs, 4 sinks, 10 recent keys and itself at most 15."""
     args = bench.parse_args(["attention"])
     plans = [bench.plan_of(args, spec, torch.arange(40), 40) for spec in ("rope", "streaming-llm:recent=10")]
-    assert [bench.pairs(plan) for plan in plans] == [820, 15 * 16 // 2 + 25 * 15]
+    assert [int(bench.seen(plan).sum()) for plan in plans] == [820, 15 * 16 // 2 + 25 * 15]
 
 
 @pytest.mark.parametrize("section, fields", [

@@ -435,7 +435,7 @@ print(status("VmHWM") - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_loading_takes_the_memory_of_the_checkpoint_once(tmp_path):
-    """200 MB of bfloat16: mapped, not copied; at most 1.1 times its size with every weight touched."""
+    """200 MB of bfloat16, copied tensor by tensor: at most 1.1 times its size with every weight touched."""
     small, large = tmp_path / "small", tmp_path / "large"
     wide = dict(TINY, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=16,
                 num_key_value_heads=16, head_dim=64)

@@ -103,6 +103,25 @@ def test_a_record_asks_for_what_it_holds(tmp_path):
         assert len(ids) == len(weights) + 1 == 301 and f"{name}: {answer}," in text.split("What is")[0]
 
 
+def test_init_starts_from_a_checkpoint(tmp_path):
+    """The same weights and tokenizer; from cosine to dot products, logits of about the same size."""
+    first, _ = run(tmp_path / "cosine", "--cosine", "16", "--store", "float32")
+    model = train.new_model(train.settings(["--out", "x", *SMALL, "--cosine", "16"]))
+    train.start_from(tmp_path / "cosine", model)
+    assert torch.equal(weights(first), weights(model))
+    model = train.new_model(train.settings(["--out", "x", *SMALL]))
+    train.start_from(tmp_path / "cosine", model)
+    x = torch.randn(1000, 16)
+    q, k = (layer(x).unflatten(-1, (-1, 8)).norm(dim=-1).square().mean().sqrt()
+            for layer in (model.model.layers[0].self_attn.q_proj, model.model.layers[0].self_attn.k_proj))
+    assert float((q * k).detach()) == pytest.approx(16 * 8 ** 0.5, rel=0.1)
+    run(tmp_path / "rope", "--init", str(tmp_path / "cosine"))
+    assert (tmp_path / "rope/tokenizer.model").read_bytes() == (tmp_path / "cosine/tokenizer.model").read_bytes()
+    with pytest.raises(ValueError, match="shapes"):
+        run(tmp_path / "wide", "--init", str(tmp_path / "cosine"), "--width", "32")
+    assert not (tmp_path / "wide").exists()
+
+
 def test_updates_of_matrices_are_orthogonal():
     x = torch.randn(48, 20, generator=torch.Generator().manual_seed(0))
     for shape in (x, x.T):
@@ -132,7 +151,7 @@ def test_transformers_reads_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [("--steps", "-1"), ("--heads", "3"), ("--lr", "nan"), ("--window", "10"),
-                                 ("--vocab", "5"), ("--batch", "6"), ("--kv-heads", "3", "--heads", "4")], ids=str)
+                                 ("--vocab", "5"), ("--batch", "5"), ("--kv-heads", "3", "--heads", "4")], ids=str)
 def test_bad_settings_are_refused_before_anything_is_written(bad, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         run(tmp_path / "new", *bad)
