@@ -322,6 +322,7 @@ def transformers_model(folder, kind):
     try:
         import transformers
     except ImportError:
+        say("transformers is not installed: its rows are left out (pip install transformers)")
         return None
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -488,7 +489,8 @@ def parse_args(argv):
     p.add_argument("--width", type=number(int, 16, 256), default=64, help="of a head")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of attention and decode")
     p.add_argument("--shape", choices=SHAPES, default="110m", help="of model and load")
-    p.add_argument("--scratch", default=tempfile.gettempdir(), metavar="DIR", help="where random checkpoints are kept")
+    p.add_argument("--scratch", default=tempfile.gettempdir(), metavar="DIR",
+                   help="where random checkpoints are written, and stay")
     p.add_argument("--rounds", type=number(int, 1), default=5)
     p.add_argument("--threads", type=number(int, 1), default=os.cpu_count())
     p.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")

@@ -131,6 +131,13 @@ def filler_ids(args, tokenizer):
     return fill
 
 
+def filler_name(args):
+    """What tells the rows of one filler from those of another: "repeat", or a file's name and a hash of its text."""
+    if args.filler == "repeat":
+        return "repeat"
+    return f"{Path(args.filler).name} {hashlib.sha256(read_text(args.filler).encode()).hexdigest()[:16]}"
+
+
 def cases(args, tokenizer, n, fill):
     """[(cell, trial, key, ids, span)] of one length: args.depths cells of the depth range, args.trials needles in each,
     all evenly spread from the start to the end; keys and the place in a text filler are fixed by the seed."""
@@ -398,7 +405,7 @@ def run(argv=None):
     check(args, config, tokenizer, fill)
     device, dtype = placed(args, config)
     settings = {"ckpt": args.ckpt, "weights": fingerprint(path), "task": args.task, "seed": args.seed,
-                "depths": args.depths, "trials": args.trials, "filler": args.filler, "needles": args.needles,
+                "depths": args.depths, "trials": args.trials, "filler": filler_name(args), "needles": args.needles,
                 "train_len": config.train_len, "dtype": str(dtype).removeprefix("torch."), "impl": args.impl}
     say(" ".join(f"{name}={value}" for name, value in {**settings, "methods": ",".join(args.methods), "device": device,
                                                          "lengths": ",".join(map(str, args.lengths))}.items()))

@@ -10,6 +10,7 @@ Loss by position: each document is `length` tokens in one pass, BOS in front, a 
 Sliding window (arXiv 2306.15595, section 3.2): windows of `window` tokens, BOS in front of each, every `stride` tokens;
 one scores only the tokens that no earlier one has scored, so all but the first see window - stride tokens or more.
 """
+import hashlib
 import math
 from pathlib import Path
 
@@ -128,11 +129,12 @@ def parse_args(argv):
     flag("documents", type=number(int, 1), default=1, help="consecutive parts of the text, of --length tokens each")
     flag("buckets", type=number(int, 1), default=8, help="stretches that a document is divided into")
     flag("window", type=number(int, 2), help="sliding-window perplexity with windows of so many tokens instead")
-    flag("stride", type=number(int, 1), default=256)
+    flag("stride", type=number(int, 1), help="default: 256, or half of a --window below 512")
     flag("tokens", type=number(int, 2), help="with --window: use only the first so many tokens of the text")
     flag("results", default="perplexity.jsonl", metavar="FILE")
     flag("plot", metavar="FILE", help="loss by position as a picture (needs matplotlib)")
     args = parser.parse_args(argv)
+    args.stride = args.stride or min(256, (args.window or 512) // 2)
     if args.window and (args.length or args.plot):
         parser.error("--window is another protocol than --length and --plot")
     return args
@@ -149,7 +151,7 @@ def check(args, config, tokenizer, ids):
     if args.buckets >= args.length:
         raise ValueError(f"--buckets {args.buckets} must be fewer than the {args.length} tokens of a document")
     if not args.window and len(ids) < args.documents * (args.length - 1):
-        raise ValueError(f"{args.text} has {len(ids)} tokens, fewer than {args.documents} documents of {args.length}")
+        raise ValueError(f"{args.text}: {len(ids)} tokens, not --documents {args.documents} of --length {args.length}")
     for spec in args.methods:
         for warning in warnings(config, args.window or args.length, *parse_method(spec)):
             say(f"warning: {warning}")
@@ -159,14 +161,16 @@ def run(argv=None):
     """The command: its exit code."""
     args = parse_args(argv)
     path, config, tokenizer = opened(args)
-    L, ids = config.train_len, tokenizer.encode(read_text(args.text), bos=False)[:args.tokens]
+    L, text = config.train_len, read_text(args.text)
+    ids = tokenizer.encode(text, bos=False)[:args.tokens]
     args.length = args.length or 8 * L
     args.methods = asked_methods(config, args.methods, (config.freq, "rerope", "self-extend", "mesa"))
     check(args, config, tokenizer, ids)
     device, dtype = placed(args, config)
     protocol = {"window": args.window, "stride": args.stride, "text_tokens": len(ids)} if args.window else {
         "length": args.length, "buckets": args.buckets}
-    settings = {"ckpt": args.ckpt, "weights": fingerprint(path), "text": Path(args.text).name, **protocol,
+    settings = {"ckpt": args.ckpt, "weights": fingerprint(path), "text": Path(args.text).name,
+                "text_hash": hashlib.sha256(text.encode()).hexdigest()[:16], **protocol,
                 "train_len": L, "dtype": str(dtype).removeprefix("torch."), "impl": args.impl}
     say(" ".join(f"{name}={value}" for name, value in {**settings, "methods": ",".join(args.methods),
                                                          "device": device}.items()))

@@ -137,6 +137,8 @@ def find_checkpoint(name):
 def opened(args):
     """(folder, Config, tokenizer) of --ckpt and --train-len."""
     path = find_checkpoint(args.ckpt)
+    if (path / "training-state.pt").exists():
+        raise ValueError(f"{path}: an unfinished run of train.py; the same command finishes it")
     config = Config.from_hf(path, args.train_len)
     return path, config, load_tokenizer(path, config)
 

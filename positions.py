@@ -768,7 +768,9 @@ def main():
     if args.plot:
         plot(plans, args.plot, note, L)
     elif args.method == "all":
-        raise ValueError("all methods are one picture: give --plot FILE")
+        raise ValueError("name a method, or give --plot FILE for a picture of all")
+    elif n > 4096:
+        raise ValueError(f"a matrix of {n} tokens is too large to print; --length goes to 4096")
     else:
         print(f"{args.method}: {note}", picture(plans[args.method]), *describe(plans[args.method], n, L), sep="\n")
 

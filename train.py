@@ -283,7 +283,8 @@ def settings(argv=None):
                                 usage="%(prog)s --out FOLDER [flags]; --help lists them")
     p.add_argument("--out", type=Path, required=True, help="folder to write")
     p.add_argument("--steps", type=number(int, 1), default=2400)
-    p.add_argument("--batch", type=number(int, len(MIX)), default=16, help="rows of a step, if as long as the window")
+    p.add_argument("--batch", type=number(int, len(MIX)), default=16,
+                   help="rows of a step, if as long as the window; at least one of each kind")
     p.add_argument("--window", type=number(int, 64), default=256, help="longest input, in tokens")
     p.add_argument("--vocab", type=number(int, 300), default=1024)
     p.add_argument("--width", type=number(int, 1), default=128)
@@ -403,6 +404,8 @@ def train(args, model, corpus):
     """All steps that are left; returns the curve, [{step, prose, passkey, lines, kv, seconds}]."""
     optimizers = make_optimizers(model, args.lr)
     done, curve = restore_state(args.out / STATE, args, model, optimizers)
+    if done:
+        print(f"continuing after step {done} of {args.steps}", file=sys.stderr, flush=True)
     start, seen = time.time() - (curve[-1]["seconds"] if curve else 0), []
     for step in range(done, args.steps):
         seen.append(train_step(step, args, model, optimizers, corpus))

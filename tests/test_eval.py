@@ -189,7 +189,8 @@ def test_loss_by_position_and_sliding_window(asset, tmp_path):
 @pytest.mark.parametrize("args, named", [
     ((ROOT / "nowhere.txt",), "nowhere.txt"), ((TINY / "tokenizer.model",), "UTF-8"),
     ((ROOT / "LICENSE", "--length", "99999"), "tokens"), ((ROOT / "LICENSE", "--length", "200", "--methods", "x"), "x"),
-    ((ROOT / "LICENSE", "--window", "256"), "stride"), ((ROOT / "LICENSE", "--length", "5"), "buckets")])
+    ((ROOT / "LICENSE", "--window", "256", "--stride", "256"), "stride"),
+    ((ROOT / "LICENSE", "--length", "5"), "buckets")])
 def test_bad_input_of_perplexity_is_one_clear_line(args, named, tmp_path):
     code, out, err = run(*args, "--results", tmp_path / "p.jsonl", script="eval_perplexity.py")
     assert code == 2 and not out and named in err.splitlines()[-1] and "Traceback" not in err
