@@ -464,13 +464,16 @@ def plot(path, results):
     Figure = figure_class()
     rows = [json.loads(line) for line in Path(results).read_text(encoding="utf-8").splitlines()]
     rows = {(row["method"], row["tokens"]): row for row in rows if row["section"] == "attention"}  # the latest of each
-    figure = Figure(figsize=(11, 4.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(13, 4.5), dpi=110, layout="constrained")
     for axes, field in zip(figure.subplots(1, 2), ("us/token", "peak MiB")):
-        for name in dict.fromkeys(method for method, _ in rows):
+        for k, name in enumerate(dict.fromkeys(method for method, _ in rows)):
             mine = sorted((T, row[field]) for (method, T), row in rows.items() if method == name)
-            axes.plot(*zip(*mine), marker="o", label=name)
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=field.replace("us", "\u00b5s"))
-    axes.legend(fontsize=7)
+            axes.plot(*zip(*mine), "o-" if k < 10 else "s--", color=f"C{k % 10}", label=name)
+        lengths = sorted({T for _, T in rows})
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=field.replace("us", "\u00b5s"), xticks=lengths,
+                 xticklabels=lengths)
+        axes.minorticks_off()
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=7, loc="outside right center")
     figure.savefig(path)
 
 
