@@ -170,6 +170,15 @@ def test_losses_equal_transformers(asset, method, scaling):
     assert abs(float(ours - theirs)) < 1e-3
 
 
+def test_another_text_of_the_same_name_is_not_read_from_the_results(tmp_path):
+    outs = []
+    for text in ("The sky is blue. " * 30, "A list of all values that are given. " * 30):
+        (tmp_path / "book.txt").write_text(text)
+        outs.append(run(tmp_path / "book.txt", "--methods", "rope", "--length", 100, "--buckets", 1, "--results",
+                        tmp_path / "p.jsonl", script="eval_perplexity.py")[1])
+    assert outs[0] != outs[1] and len((tmp_path / "p.jsonl").read_text().splitlines()) == 2
+
+
 def test_loss_by_position_and_sliding_window(asset, tmp_path):
     """Past tok105's window plain RoPE's loss explodes and Mesa's does not; a second run reads what is there."""
     args = (asset("texts") / Path(STORIES).name, "--ckpt", asset("tok105"), "--results", tmp_path / "p.jsonl")
