@@ -91,12 +91,11 @@ def cos_sin(plan, pos, rows, device):
 
     (float32 angles are off by 1.5e-3 at position 131,072.) MPS has no float64, so its angles are computed on the CPU.
     """
-    key = id(pos), rows.start, rows.stop, str(device)  # the plan holds pos, so its id stays its own
-    if key not in plan.tables:
+    def make():
         home = "cpu" if device.type == "mps" else device
         angle = pos[rows].to(home).double()[:, None] * plan.inv_freq.to(home)
-        plan.tables[key] = tuple((f(angle) * plan.mscale).float().to(device) for f in (torch.cos, torch.sin))
-    return plan.tables[key]
+        return tuple((f(angle) * plan.mscale).float().to(device) for f in (torch.cos, torch.sin))
+    return plan.once((id(pos), rows.start, rows.stop, str(device)), make)
 
 
 def rotate(x, cos, sin):
@@ -176,7 +175,7 @@ def sharpened(q, k, plan):
     if plan.cosine is not None:
         q, k = (F.normalize(x.float(), dim=-1, eps=1e-9).to(x.dtype) for x in (q, k))
         q = q * (plan.cosine * math.sqrt(q.shape[-1]))
-    if plan.q_scale is None or (plan.q_scale == 1).all():
+    if plan.q_scale is None or plan.once("flat", lambda: bool((plan.q_scale == 1).all())):
         return q, k
     scales = plan.q_scale.to(q.device, torch.float32)[:, None]
     return torch.cat([(part * scale).to(q.dtype) for part, scale in blocks(q, scales)], -2), k
@@ -221,19 +220,17 @@ def is_causal(plan):
     """
     if len(plan.regions) > 1 or plan.slopes is not None:
         return False
-    if "causal" not in plan.tables:  # asked by every layer
-        r = plan.regions[0]
-        Tq, Tk = len(r.q_pos), len(r.k_pos)
-        ends = torch.arange(Tk - Tq + 1, Tk + 1)
-        plan.tables["causal"] = Tq in (1, Tk) and not r.start.any() and torch.equal(r.end, ends)
-    return plan.tables["causal"]
+    r = plan.regions[0]
+    Tq, Tk = len(r.q_pos), len(r.k_pos)
+    return plan.once("causal", lambda: Tq in (1, Tk) and not r.start.any() and torch.equal(
+        r.end, torch.arange(Tk - Tq + 1, Tk + 1)))
 
 
 def attend_fused(q, k, v, plan, kept=None):
     """scaled_dot_product_attention for a plan that is_causal."""
     (r,), group = plan.regions, q.shape[1] // k.shape[1]
     q, k = sharpened(q, k, plan)
-    q, (_, k) = turned(q, plan, r.q_pos), rotated_keys(k, plan, r, len(r.q_pos) == 1 and kept)
+    q, (_, k) = turned(q, plan, r.q_pos), rotated_keys(k, plan, r, kept)
     if q.shape[2] == 1:  # decoding: the query heads of a key head become its rows, so that k is read once
         return F.scaled_dot_product_attention(fold(q, k.shape[1]), k, v).reshape(q.shape)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
@@ -254,8 +251,8 @@ def attend_tiled(q, k, v, plan, block_q=256, block_k=1024, kept=None):
     lse = torch.full(q.shape[:3], NEVER, device=q.device)
     fused = has_fused(q, plan)
     for r in plan.regions:
-        first, keys = rotated_keys(k, plan, r, q.shape[2] == 1 and kept)
-        for a, b in row_blocks(plan, r, block_q, fused):
+        first, keys = rotated_keys(k, plan, r, kept)
+        for a, b in plan.once(("rows", id(r), block_q, fused), lambda r=r: list(row_blocks(r, block_q, fused))):
             rows = turned(q[:, :, a:b], plan, r.q_pos, slice(a, b))
             for lo, hi, kind in pieces(r, a, b, k.shape[2] if fused else block_k, fused):
                 bias = piece_bias(plan, r, slice(a, b), slice(lo, hi), kind, q.device)
@@ -266,11 +263,10 @@ def attend_tiled(q, k, v, plan, block_q=256, block_k=1024, kept=None):
 
 def rotated_keys(k, plan, r, kept=None):
     """The index of the first key that a region's queries see, and the keys from there to the last one seen, rotated."""
-    key = "span", id(r)
-    if key not in plan.tables:
+    def span():
         live = r.end > r.start
-        plan.tables[key] = int(r.start[live].min()), int(r.end[live].max())
-    first, stop = plan.tables[key]
+        return int(r.start[live].min()), int(r.end[live].max())
+    first, stop = plan.once(("span", id(r)), span)
     if kept and plan.inv_freq is not None:
         return first, kept.of(k, plan, r.k_pos)[:, :, first:stop]
     return first, turned(k[:, :, first:stop], plan, r.k_pos, slice(first, stop))
@@ -281,15 +277,7 @@ def has_fused(q, plan):
     return q.device.type == "cpu" and plan.slopes is None
 
 
-def row_blocks(plan, r, block, fused):
-    """The cuts of cut_rows, made once for all layers."""
-    key = "rows", id(r), block, fused
-    if key not in plan.tables:
-        plan.tables[key] = list(cut_rows(r, block, fused))
-    return plan.tables[key]
-
-
-def cut_rows(r, block, fused):
+def row_blocks(r, block, fused):
     """(a, b) ranges of the rows that see something in region r, within which start and end each stand still or move by
     one key per row; of at most `block` rows, but whole where start stands still and there is a fused call."""
     T, live = len(r.start), r.end > r.start
@@ -326,11 +314,13 @@ def piece_bias(plan, r, rows, keys, kind, device):
     if kind == "edge":
         start, end = r.start[rows] - keys.start, r.end[rows] - keys.start
         key = keys.stop - keys.start, *(int(x) for x in (start[0], start[-1], end[0], end[-1])), len(start), str(device)
-        if key not in plan.tables:  # the blocks of a sliding window have one and the same
+
+        def make():
             j = torch.arange(keys.stop - keys.start)
             outside = (j < start[:, None]) | (j >= end[:, None])
-            plan.tables[key] = torch.zeros(outside.shape).masked_fill_(outside, -math.inf).to(device)
-        bias = plan.tables[key][None] if bias is None else bias + plan.tables[key]
+            return torch.zeros(outside.shape).masked_fill_(outside, -math.inf).to(device)
+        mask = plan.once(key, make)  # the blocks of a sliding window have one and the same
+        bias = mask[None] if bias is None else bias + mask
     return None if bias is None else bias[None]
 
 

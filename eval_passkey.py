@@ -135,7 +135,7 @@ def filler_name(args):
     """What tells the rows of one filler from those of another: "repeat", or a file's name and a hash of its text."""
     if args.filler == "repeat":
         return "repeat"
-    return f"{Path(args.filler).name} {hashlib.sha256(read_text(args.filler).encode()).hexdigest()[:16]}"
+    return f"{Path(args.filler).name} {short_hash(read_text(args.filler).encode())}"
 
 
 def cases(args, tokenizer, n, fill):
@@ -221,6 +221,11 @@ class Results:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in fresh))
         self.rows.update({self.place(row): row for row in fresh})
+
+
+def short_hash(data):
+    """16 hexadecimal digits that tell these bytes from others."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def fingerprint(path):

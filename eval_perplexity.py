@@ -10,14 +10,13 @@ Loss by position: each document is `length` tokens in one pass, BOS in front, a 
 Sliding window (arXiv 2306.15595, section 3.2): windows of `window` tokens, BOS in front of each, every `stride` tokens;
 one scores only the tokens that no earlier one has scored, so all but the first see window - stride tokens or more.
 """
-import hashlib
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from eval_passkey import Results, fingerprint, parse_method, select
+from eval_passkey import Results, fingerprint, parse_method, select, short_hash
 from generate import (asked_methods, method_list, new_parser, number, opened, placed, plan_maker, read_text, say,
                       warnings)
 from model import KVCache, load_model
@@ -170,7 +169,7 @@ def run(argv=None):
     protocol = {"window": args.window, "stride": args.stride, "text_tokens": len(ids)} if args.window else {
         "length": args.length, "buckets": args.buckets}
     settings = {"ckpt": args.ckpt, "weights": fingerprint(path), "text": Path(args.text).name,
-                "text_hash": hashlib.sha256(text.encode()).hexdigest()[:16], **protocol,
+                "text_hash": short_hash(text.encode()), **protocol,
                 "train_len": L, "dtype": str(dtype).removeprefix("torch."), "impl": args.impl}
     say(" ".join(f"{name}={value}" for name, value in {**settings, "methods": ",".join(args.methods),
                                                          "device": device}.items()))

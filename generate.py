@@ -23,6 +23,7 @@ TASK = "There is a pass key hidden in the text below. Find it and remember it."
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
+STATE = "training-state.pt"  # in a folder that train.py has not finished; it writes and deletes it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ def find_checkpoint(name):
 def opened(args):
     """(folder, Config, tokenizer) of --ckpt and --train-len."""
     path = find_checkpoint(args.ckpt)
-    if (path / "training-state.pt").exists():
+    if (path / STATE).exists():
         raise ValueError(f"{path}: an unfinished run of train.py; the same command finishes it")
     config = Config.from_hf(path, args.train_len)
     return path, config, load_tokenizer(path, config)

@@ -51,6 +51,12 @@ class Plan:
     cosine: float | None = None      # CosScale: logits are this times the cosine of q and k, not q.k/sqrt(D)
     tables: dict = field(init=False, default_factory=dict, repr=False, compare=False)  # what executors make of it
 
+    def once(self, key, make):
+        """make(), kept under a key, so that all layers share it; the plan holds what keys name by id()."""
+        if key not in self.tables:
+            self.tables[key] = make()
+        return self.tables[key]
+
     def last(self):
         """The plan of the last query alone."""
         regions = [Region(r.q_pos[-1:], r.k_pos, r.start[-1:], r.end[-1:]) for r in self.regions

@@ -37,14 +37,13 @@ import torch.nn.functional as F
 from safetensors.torch import save
 
 from eval_passkey import PAIRS, RECORDS, TASKS, WORDS, entries
-from generate import FILLER, NEEDLE, QUESTION, TASK, cycled, number, passkey_parts
+from generate import FILLER, NEEDLE, QUESTION, STATE, TASK, cycled, number, passkey_parts
 from model import ENCODINGS, Config, Llama, Tokenizer, load_model, load_tokenizer
 from positions import run_command
 
 ANSWER = "{key}."              # what follows QUESTION; sentencepiece puts the space in front
 MIX = ("kv", "prose", "kv", "lines", "passkey", "lines")  # kinds of rows, over and over
 MUON = 7                       # its learning rate over that of AdamW
-STATE = "training-state.pt"    # an unfinished run: model, optimizer, step; deleted at the end
 
 
 # ---------------------------------------------------------------------------------------------------------
