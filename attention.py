@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 IMPLEMENTATIONS = ("auto", "dense", "tiled", "triton")
 SHARE, BLOCK = 2 ** 22, 2 ** 18  # numbers that a CPU works on at a time: some heads, some rows
-NEVER = -1e30  # the log of a weight that is zero; finite, so that merging two empty parts gives no nan
+NEVER = -1e30  # the log of a weight that is zero; finite, so that what sees nothing gives no nan
 
 
 def attend(q, k, v, plan, impl="auto", kept=None):
@@ -50,16 +50,18 @@ def attend(q, k, v, plan, impl="auto", kept=None):
 
 
 def by_heads(f, q, k, v, plan, kept):
-    """f, attend_fused or attend_tiled, on a CPU of as many key heads at a time as have at most SHARE numbers in their
-    queries: rotated copies and sums stay small, however long the prompt. Not with ALiBi, whose slopes are per head."""
-    H, Hkv = q.shape[1], k.shape[1]
-    group, per = H // Hkv, max(1, SHARE * Hkv // q.numel())
+    """f, attend_fused or attend_tiled, on a CPU a few key heads at a time: rotated copies and sums stay small, however
+    long the prompt. SHARE numbers in their queries, but no fewer heads than threads, which share them out. Not with
+    ALiBi, whose slopes are per head."""
+    (B, H, Tq, D), Hkv, threads = q.shape, k.shape[1], torch.get_num_threads()
+    per = max(SHARE // (B * Tq * D) // threads, 1) * threads  # query heads, and from here on key heads
+    per = -(-per * Hkv // H)
     if per >= Hkv or q.device.type != "cpu" or plan.slopes is not None or torch.is_grad_enabled():
         return f(q, k, v, plan, kept=kept)
-    out = torch.empty_like(q)
+    out, group = torch.empty_like(q), H // Hkv
     for h in range(0, Hkv, per):
         heads = slice(h * group, (h + per) * group)
-        out[:, heads] = f(q[:, heads], k[:, h:h + per], v[:, h:h + per], plan)
+        f(q[:, heads], k[:, h:h + per], v[:, h:h + per], plan, out=out[:, heads])
     return out
 
 
@@ -86,16 +88,23 @@ def check_shapes(q, k, v, plan):
 # ---------------------------------------------------------------------------------------------------------------------
 # rotation
 
-def cos_sin(plan, pos, rows, device):
+def cos_sin(plan, pos, rows, device, scale=None):
     """cos and sin (T, D/2) of pos[rows] * inv_freq, made once for all layers: angles in float64, tables in float32.
 
     (float32 angles are off by 1.5e-3 at position 131,072.) MPS has no float64, so its angles are computed on the CPU.
+    A scale for each of these tokens is multiplied in, and so costs nothing in the layers.
     """
     def make():
         home = "cpu" if device.type == "mps" else device
-        angle = pos[rows].to(home).double()[:, None] * plan.inv_freq.to(home)
-        return tuple((f(angle) * plan.mscale).float().to(device) for f in (torch.cos, torch.sin))
-    return plan.once((id(pos), rows.start, rows.stop, str(device)), make)
+        theta, at = plan.inv_freq.to(home), pos[rows, None].to(home).double()
+        size = torch.full_like(at, plan.mscale) if scale is None else plan.mscale * scale[:, None].to(home)
+        tables = torch.empty(2, len(at), len(theta), device=device)
+        for cos, sin, *part in blocks(*tables, at, size):
+            angle = part[0] * theta
+            cos.copy_(angle.cos() * part[1])
+            sin.copy_(angle.sin() * part[1])
+        return tables
+    return plan.once((id(pos), scale is None, rows.start, rows.stop, str(device)), make)
 
 
 def rotate(x, cos, sin):
@@ -125,11 +134,23 @@ def blocks(*tensors):
     return zip(*(t.split(rows, -2) for t in tensors))
 
 
-def turned(x, plan, pos, rows=slice(None)):
-    """x (B, H, T, D), whose tokens are at pos[rows], rotated; or as it is where the plan rotates nothing."""
-    if plan.inv_freq is None:
-        return x
-    return rotate(x, *cos_sin(plan, pos, rows, x.device))
+def still(plan, pos):
+    """Whether keys at these positions stay as they are: the plan rotates nothing, or they all stand at 0 (ReRoPE)."""
+    return plan.inv_freq is None or plan.once(("still", id(pos)), lambda: plan.mscale == 1 and not pos.any())
+
+
+def turned(k, plan, pos, rows=slice(None)):
+    """k (B, Hkv, T, D), whose tokens are at pos[rows], rotated."""
+    return k if still(plan, pos) else rotate(k, *cos_sin(plan, pos, rows, k.device))
+
+
+def asking(q, plan, r, rows=slice(None)):
+    """Queries [rows] of q (B, H, Tq, D) as they look into region r: rotated, and times the attention scale."""
+    q, scale = q[:, :, rows], plan.q_scale
+    if plan.inv_freq is not None:
+        cos, sin = cos_sin(plan, r.q_pos, slice(None), q.device, scale)
+        return rotate(q, cos[rows], sin[rows])
+    return q if scale is None else (q * scale[rows, None].to(q.device, torch.float32)).to(q.dtype)
 
 
 class TurnedKeys:
@@ -169,16 +190,13 @@ class TurnedKeys:
             copy[0] = copy[0][:length]
 
 
-def sharpened(q, k, plan):
-    """q and k with the attention scale of each query multiplied in; with Plan.cosine such that q.k/sqrt(D) is that
-    times their cosine (CosScale; rotation changes no length, so it may come after)."""
-    if plan.cosine is not None:
-        q, k = (F.normalize(x.float(), dim=-1, eps=1e-9).to(x.dtype) for x in (q, k))
-        q = q * (plan.cosine * math.sqrt(q.shape[-1]))
-    if plan.q_scale is None or plan.once("flat", lambda: bool((plan.q_scale == 1).all())):
+def with_cosine(q, k, plan):
+    """q and k as they are; with Plan.cosine such that q.k/sqrt(D) is that times their cosine (CosScale; rotation
+    changes no length, so it may come after)."""
+    if plan.cosine is None:
         return q, k
-    scales = plan.q_scale.to(q.device, torch.float32)[:, None]
-    return torch.cat([(part * scale).to(q.dtype) for part, scale in blocks(q, scales)], -2), k
+    q, k = (F.normalize(x.float(), dim=-1, eps=1e-9).to(x.dtype) for x in (q, k))
+    return q * (plan.cosine * math.sqrt(q.shape[-1])), k
 
 
 def alibi_bias(plan, region, rows, keys, device):
@@ -198,10 +216,10 @@ def attend_dense(q, k, v, plan):
     """The whole (Tq, Tk) score matrix, filled in region by region: to read, to differentiate, and for small inputs."""
     B, H, Tq, D = q.shape
     Hkv, Tk = k.shape[1:3]
-    (q, k), j = sharpened(q, k, plan), torch.arange(Tk)
+    (q, k), j = with_cosine(q, k, plan), torch.arange(Tk)
     scores = torch.full((B, H, Tq, Tk), -math.inf, dtype=torch.float32, device=q.device)
     for r in plan.regions:
-        rotated = fold(turned(q, plan, r.q_pos), Hkv).float()
+        rotated = fold(asking(q, plan, r), Hkv).float()
         s = (rotated @ turned(k, plan, r.k_pos).float().transpose(-1, -2)).view(B, H, Tq, Tk) / math.sqrt(D)
         bias = alibi_bias(plan, r, slice(None), slice(None), q.device)
         inside = (j >= r.start[:, None]) & (j < r.end[:, None])
@@ -226,50 +244,61 @@ def is_causal(plan):
         r.end, torch.arange(Tk - Tq + 1, Tk + 1)))
 
 
-def attend_fused(q, k, v, plan, kept=None):
-    """scaled_dot_product_attention for a plan that is_causal."""
+def attend_fused(q, k, v, plan, kept=None, out=None):
+    """scaled_dot_product_attention for a plan that is_causal; out as in attend_tiled."""
     (r,), group = plan.regions, q.shape[1] // k.shape[1]
-    q, k = sharpened(q, k, plan)
-    q, (_, k) = turned(q, plan, r.q_pos), rotated_keys(k, plan, r, kept)
+    q, k = with_cosine(q, k, plan)
+    q, (_, k) = asking(q, plan, r), rotated_keys(k, plan, [r], kept)
     if q.shape[2] == 1:  # decoding: the query heads of a key head become its rows, so that k is read once
         return F.scaled_dot_product_attention(fold(q, k.shape[1]), k, v).reshape(q.shape)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+    made = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+    return made if out is None else out.copy_(made)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tiled: what runs
 
-def attend_tiled(q, k, v, plan, block_q=256, block_k=1024, kept=None):
+def attend_tiled(q, k, v, plan, block_q=256, block_k=1024, kept=None, out=None):
     """Region by region, piece by piece, merged by their log-sum-exp: O(Tq + Tk) memory, never T x T.
 
     The rows of a region are cut into runs, of which each sees a rectangle, a triangle or a sliding window of keys. The
     first two go to PyTorch's fused attention whole, windows in blocks of block_q rows with a mask for the ragged edge.
     Where there is no fused call, ALiBi and other devices, every piece is at most block_q rows by block_k keys.
+    out: a tensor (B, H, Tq, D) for the result; in float32 it also serves as the running sum.
     """
-    q, k = sharpened(q, k, plan)
-    out = torch.zeros_like(q, dtype=torch.float32)
+    q, k = with_cosine(q, k, plan)
+    total = out if out is not None and out.dtype == torch.float32 else torch.empty_like(q, dtype=torch.float32)
+    total.zero_()
     lse = torch.full(q.shape[:3], NEVER, device=q.device)
-    fused = has_fused(q, plan)
-    for r in plan.regions:
-        first, keys = rotated_keys(k, plan, r, kept)
+    for _, regions in itertools.groupby(plan.regions, lambda r: id(r.k_pos)):
+        add_regions(total, lse, q, k, v, plan, list(regions), block_q, block_k, kept)
+    return total.to(q.dtype) if out is None else out.copy_(total)
+
+
+def add_regions(out, lse, q, k, v, plan, regions, block_q, block_k, kept):
+    """Merge the attention over what these regions see, of one k_pos, into out (B, H, Tq, D) and lse (B, H, Tq)."""
+    fused, (first, keys) = has_fused(q, plan), rotated_keys(k, plan, regions, kept)
+    for r in regions:
         for a, b in plan.once(("rows", id(r), block_q, fused), lambda r=r: list(row_blocks(r, block_q, fused))):
-            rows = turned(q[:, :, a:b], plan, r.q_pos, slice(a, b))
+            rows = asking(q, plan, r, slice(a, b))
             for lo, hi, kind in pieces(r, a, b, k.shape[2] if fused else block_k, fused):
                 bias = piece_bias(plan, r, slice(a, b), slice(lo, hi), kind, q.device)
-                part = attend_piece(rows, keys[:, :, lo - first:hi - first], v[:, :, lo:hi], bias, kind == "triangle")
-                merge(out[:, :, a:b], lse[:, :, a:b], *part)
-    return out.to(q.dtype)
+                merge(out[:, :, a:b], lse[:, :, a:b], *attend_piece(
+                    rows, keys[:, :, lo - first:hi - first], v[:, :, lo:hi], bias, kind == "triangle"))
 
 
-def rotated_keys(k, plan, r, kept=None):
-    """The index of the first key that a region's queries see, and the keys from there to the last one seen, rotated."""
+def rotated_keys(k, plan, regions, kept=None):
+    """The index of the first key that queries see in these regions, all of one k_pos, and the keys from there to the
+    last one seen, rotated."""
+    pos = regions[0].k_pos
+
     def span():
-        live = r.end > r.start
-        return int(r.start[live].min()), int(r.end[live].max())
-    first, stop = plan.once(("span", id(r)), span)
-    if kept and plan.inv_freq is not None:
-        return first, kept.of(k, plan, r.k_pos)[:, :, first:stop]
-    return first, turned(k[:, :, first:stop], plan, r.k_pos, slice(first, stop))
+        live = [(r.start[r.end > r.start], r.end[r.end > r.start]) for r in regions]
+        return min(int(start.min()) for start, _ in live), max(int(end.max()) for _, end in live)
+    first, stop = plan.once(("span", *map(id, regions)), span)
+    if kept and not still(plan, pos):
+        return first, kept.of(k, plan, pos)[:, :, first:stop]
+    return first, turned(k[:, :, first:stop], plan, pos, slice(first, stop))
 
 
 def has_fused(q, plan):
@@ -288,8 +317,8 @@ def row_blocks(r, block, fused):
     cuts = [0, *(jump.nonzero().flatten() + 1).tolist(), T]
     for a, b in itertools.pairwise(cuts):
         if live[a]:
-            whole = fused and r.start[a] == r.start[b - 1]
-            yield from ((c, min(c + block, b)) for c in range(a, b, block)) if not whole else [(a, b)]
+            step = 8192 if fused and r.start[a] == r.start[b - 1] else block
+            yield from ((c, min(c + step, b)) for c in range(a, b, step))
 
 
 def pieces(r, a, b, step, fused):
@@ -309,7 +338,7 @@ def pieces(r, a, b, step, fused):
 
 
 def piece_bias(plan, r, rows, keys, kind, device):
-    """Added to the scores of a piece, (1, H or 1, rows, keys) float32 or None: ALiBi, -inf where an edge is unseen."""
+    """Added to the scores of a piece, (1, H or 1, rows, keys) float32 or None: ALiBi, NEVER where an edge is unseen."""
     bias = alibi_bias(plan, r, rows, keys, device)
     if kind == "edge":
         start, end = r.start[rows] - keys.start, r.end[rows] - keys.start
@@ -318,7 +347,7 @@ def piece_bias(plan, r, rows, keys, kind, device):
         def make():
             j = torch.arange(keys.stop - keys.start)
             outside = (j < start[:, None]) | (j >= end[:, None])
-            return torch.zeros(outside.shape).masked_fill_(outside, -math.inf).to(device)
+            return torch.zeros(outside.shape).masked_fill_(outside, NEVER).to(device)
         mask = plan.once(key, make)  # the blocks of a sliding window have one and the same
         bias = mask[None] if bias is None else bias + mask
     return None if bias is None else bias[None]
@@ -332,12 +361,11 @@ def attend_piece(q, k, v, bias, causal):
 
 
 def flash_piece(q, k, v, bias, causal=False):
-    """attend_piece by PyTorch's flash kernel for CPUs; of a row that sees nothing it says log-sum-exp 0."""
+    """attend_piece by PyTorch's flash kernel for CPUs."""
     shape = q.shape
     if shape[2] == 1:  # decoding: the query heads of a key head become its rows, so that its keys are read once
         q, bias = fold(q, k.shape[1]), None if bias is None else fold(bias, k.shape[1])
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, attn_mask=bias)
-    lse = lse if bias is None else lse.masked_fill(bias.amax(-1) == -math.inf, NEVER)
     return out.reshape(shape), lse.reshape(shape[:3])
 
 
@@ -345,7 +373,7 @@ def plain_piece(q, k, v, bias):
     """attend_piece in plain PyTorch, for any device."""
     scores = (fold(q, k.shape[1]).float() @ k.float().transpose(-1, -2)).view(*q.shape[:3], -1) / math.sqrt(q.shape[-1])
     scores = scores if bias is None else scores + bias
-    lse = scores.logsumexp(-1).clamp(min=NEVER)
+    lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp().to(v.dtype)
     return (fold(weights, k.shape[1]) @ v).view(q.shape), lse
 

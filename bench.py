@@ -30,13 +30,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from attention import TurnedKeys, attend, attend_dense, turned
+from attention import TurnedKeys, asking, attend, attend_dense, turned
 from eval_passkey import parse_method
 from generate import decode, method_list, number, pick_device, plan_maker, prefill, say
 from model import DTYPES, Config, Llama, available_memory, config_of, load_model
 from positions import figure_class, make_plan, run_command, seen
 
 L = 4096  # training length of the attention benchmarks
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 METHODS = ("rope", "rerope:window=512", "leaky-rerope:window=512", "self-extend:window=512", "lampe:head=512",
            "dca:chunk=1024:top=4095", "mesa:first=1024:chunk=1024:last=1024", "lm-infinite:local=2048",
            "streaming-llm:recent=1020")
@@ -76,7 +77,10 @@ def status(field):
 
 
 def peak(call, device):
-    """Bytes that a call needs beyond what was there before; nan where the platform does not say."""
+    """Bytes that a call needs at once beyond what was there before; nan where the platform does not say.
+
+    On a CPU malloc is made to give back at once what is freed; what it else keeps depends on the calls before.
+    """
     gc.collect()
     if device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -84,12 +88,16 @@ def peak(call, device):
         call()
         return torch.cuda.max_memory_allocated() - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed, but is still held, would hide what the call takes
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)  # memory that was freed, but is still held, would hide what the call takes
+        libc.mallopt(M_MMAP_THRESHOLD, 2 ** 17)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
         before = status("VmRSS")
     except (OSError, AttributeError):
         return math.nan
     call()
+    libc.mallopt(M_MMAP_THRESHOLD, 2 ** 25)  # from where malloc would come to by itself
+    libc.mallopt(M_TRIM_THRESHOLD, 2 ** 26)
     return status("VmHWM") - before
 
 
@@ -186,9 +194,8 @@ def two_matrix(q, k, v, plan):
     """ReRoPE as its first code has it: two T x T score matrices, one of them chosen for each pair."""
     T, D = q.shape[2:]
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    q = q if plan.q_scale is None else (q * plan.q_scale.to(q.device, q.dtype)[:, None])
     far, near = sorted(plan.regions, key=lambda r: int(r.start[-1]))
-    scores = [turned(q, plan, r.q_pos) @ turned(k, plan, r.k_pos).transpose(-1, -2) / math.sqrt(D) for r in (near, far)]
+    scores = [asking(q, plan, r) @ turned(k, plan, r.k_pos).transpose(-1, -2) / math.sqrt(D) for r in (near, far)]
     i, j = torch.arange(T, device=q.device)[:, None], torch.arange(T, device=q.device)
     scores = torch.where(j >= near.start.to(q.device)[:, None], *scores).masked_fill(j > i, -math.inf)
     return scores.float().softmax(-1).to(v.dtype) @ v

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attention import sharpened, turned
+from attention import asking, turned, with_cosine
 
 LOG2E = math.log2(math.e)
 # (bytes per number, head width padded to a power of two) -> queries and keys per tile, warps, pipeline stages
@@ -152,15 +152,15 @@ def decode_kernel(Q, K, V, TURN, COS, SIN, DISTANCE, TILTS, BLOCKS, OUT, LSE, sc
 
 def attend_triton(q, k, v, plan):
     """Attention (B, H, Tq, D) by plan; shapes as in attention.attend, which checks them."""
-    q, k = sharpened(q, k, plan)
+    q, k = with_cosine(q, k, plan)
     return (decode if q.shape[2] == 1 else prefill)(q, k, v, plan)
 
 
 def prefill(q, k, v, plan):
-    """The prefill kernel on q (B, H, Tq, D), attention scale included, k and v (B, Hkv, Tk, D)."""
+    """The prefill kernel on q (B, H, Tq, D) and k and v (B, Hkv, Tk, D), none of them rotated."""
     (B, H, Tq, D), (Hkv, Tk), out = q.shape, k.shape[1:3], torch.empty_like(q)
     table = on_device(plan, q.device)
-    queries = torch.stack([turned(q, plan, r.q_pos) for r in plan.regions])
+    queries = torch.stack([asking(q, plan, r) for r in plan.regions])
     keys = torch.stack([turned(k, plan, plan.regions[r].k_pos) for r in table["copied"]])
     v, DP = v if v.stride(-1) == 1 else v.contiguous(), max(16, triton.next_power_of_2(D))
     BM, BN, warps, stages = PREFILL.get((q.element_size(), DP), SMALL)
@@ -188,8 +188,7 @@ def fitting(stages, BM, BN, width, room):
 
 def on_device(plan, device):
     """The vectors of a plan on the device, made once for all layers: intervals, positions, which copy of the keys."""
-    key = "triton", str(device)
-    if key not in plan.tables:
+    def make():
         first = {}  # k_pos -> the region that came with it first
         copied = [first.setdefault(id(r.k_pos), number) for number, r in enumerate(plan.regions)]
         order = sorted(set(copied))
@@ -197,8 +196,8 @@ def on_device(plan, device):
         stacked = {name: torch.stack([getattr(r, name) for r in plan.regions]).to(kind).to(device)
                    for name, kind in kinds.items()}
         copy = torch.tensor([order.index(r) for r in copied], dtype=torch.int64, device=device)
-        plan.tables[key] = {**stacked, "copied": order, "copy": copy, "tilts": tilts(plan).to(device)}
-    return plan.tables[key]
+        return {**stacked, "copied": order, "copy": copy, "tilts": tilts(plan).to(device)}
+    return plan.once(("triton", str(device)), make)
 
 
 def tilts(plan):
@@ -210,7 +209,7 @@ def tilts(plan):
 
 
 def decode(q, k, v, plan):
-    """The decoding kernel on q (B, H, 1, D), attention scale included, and un-rotated k and v (B, Hkv, Tk, D)."""
+    """The decoding kernel on q (B, H, 1, D) and k and v (B, Hkv, Tk, D), none of them rotated."""
     (B, H, _, D), (Hkv, Tk) = q.shape, k.shape[1:3]
     DP = max(16, triton.next_power_of_2(D))
     BN, warps, stages = DECODE.get((q.element_size(), DP), SMALL_DECODE)
@@ -219,8 +218,9 @@ def decode(q, k, v, plan):
     splits = triton.cdiv(len(blocks), per)
     out, lse = q.new_empty(splits, B, H, D, dtype=torch.float32), q.new_empty(splits, B, H, dtype=torch.float32)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    scale = LOG2E / math.sqrt(D) * (1.0 if plan.q_scale is None else float(plan.q_scale[0]))
     decode_kernel[(splits, B * Hkv)](
-        q.contiguous(), k, v, turn, cos, sin, distance, tilt, blocks, out, lse, LOG2E / math.sqrt(D), len(blocks), per,
+        q.contiguous(), k, v, turn, cos, sin, distance, tilt, blocks, out, lse, scale, len(blocks), per,
         Tk, Hkv, *k.stride()[:3], *v.stride()[:3], TILT=plan.slopes is not None, G=H // Hkv,
         GP=max(16, triton.next_power_of_2(H // Hkv)), D=D, EP=max(16, DP // 2), DP=DP, BN=BN, PRECISION=precision(q),
         num_warps=warps, num_stages=stages)
@@ -233,8 +233,7 @@ def turning(plan, BN, D, device):
 
     A row of the tables belongs to a distance where all are whole numbers and small, else to a key.
     """
-    key = "decode", BN, str(device)
-    if key not in plan.tables:
+    def make():
         Tk = len(plan.regions[0].k_pos)
         distance, seen = torch.zeros(Tk, dtype=torch.float64), torch.zeros(Tk, dtype=torch.bool)
         for r in plan.regions:
@@ -247,8 +246,8 @@ def turning(plan, BN, D, device):
         angle = rows.to(device)[:, None] * theta.to(device)
         blocks = torch.nonzero(torch.nn.functional.pad(seen, (0, -Tk % BN)).view(-1, BN).any(1)).flatten().int()
         made = turn.masked_fill(~seen, -1), *((f(angle) * plan.mscale ** 2).float() for f in (torch.cos, torch.sin))
-        plan.tables[key] = [x.contiguous().to(device) for x in (*made, distance.float(), tilts(plan), blocks)]
-    return plan.tables[key]
+        return [x.contiguous().to(device) for x in (*made, distance.float(), tilts(plan), blocks)]
+    return plan.once(("decode", BN, str(device)), make)
 
 
 def precision(q):
