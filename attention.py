@@ -153,6 +153,15 @@ def asking(q, plan, r, rows=slice(None)):
     return q if scale is None else (q * scale[rows, None].to(q.device, torch.float32)).to(q.dtype)
 
 
+def with_room(x, room):
+    """A copy of x (B, H, T, D) at the start of a tensor (B, H, room, D), which may be written to in and outside of
+    torch.inference_mode alike."""
+    with torch.inference_mode(False):
+        grown = torch.empty(*x.shape[:2], room, x.shape[3], dtype=x.dtype, device=x.device)
+    grown[:, :, :x.shape[2]] = x
+    return grown
+
+
 class TurnedKeys:
     """The keys of one layer as decoding needs them: rotated for every set of positions in use, a token at a time.
 
@@ -171,9 +180,7 @@ class TurnedKeys:
             self.copies = [*self.copies[-3:], copy]  # of old plans none is kept for ever
         old, new = len(copy[0]), len(pos)
         if copy[2].shape[2] < new:
-            grown = k.new_empty(*k.shape[:2], new + new // 2, k.shape[3])
-            grown[:, :, :old] = copy[2][:, :, :old]
-            copy[2] = grown
+            copy[2] = with_room(copy[2][:, :, :old], new + new // 2)
         copy[2][:, :, old:new] = turned(k[:, :, old:], plan, pos, slice(old, new))
         copy[0] = pos
         return copy[2][:, :, :new]

@@ -387,7 +387,7 @@ def whole_model(args, report):
 
 def decoding(args, report, ours, rivals, plans, ids, n, tokens=8):
     """Tokens per second after a prompt of n tokens, in turns of `tokens` tokens."""
-    calls = {}
+    calls, rounds = {}, 3 * args.rounds
     for name, model in rivals.items():
         if "sdpa" in name:
             cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
@@ -397,10 +397,10 @@ def decoding(args, report, ours, rivals, plans, ids, n, tokens=8):
                     model(ids[:, :1], past_key_values=cache, use_cache=True)
             calls[name] = rival
     for spec, plan in plans.items():
-        logits, cache = prefill(ours, ids, plan)
+        logits, cache = prefill(ours, ids, plan, room=tokens * (rounds + 1))
         calls[spec] = lambda plan=plan, logits=logits, cache=cache: list(
             decode(ours, logits, cache, plan, lambda logits: logits.argmax(-1), tokens + 1))
-    times = {name: statistics.median(t) / tokens for name, t in race(calls, args.rounds, args.device)[0].items()}
+    times = {name: statistics.median(t) / tokens for name, t in race(calls, rounds, args.device)[0].items()}
     c = ours.config
     cached = 4 * n * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # bytes of k and v
     read = 2 * sum(p.numel() for name, p in ours.named_parameters() if "embed" not in name or c.tie_word_embeddings)

@@ -72,7 +72,7 @@ def prefill(model, tokens, plan, room=64, chunk=8192, impl="auto", progress=None
     return logits[:, -1], cache
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(model, logits, cache, plan, choose, max_new_tokens, impl="auto"):
     """Yield max_new_tokens times the next token (B,) of every row: choose(logits (B, vocab_size)). See prefill."""
     for left in range(max_new_tokens, 0, -1):

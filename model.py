@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import TurnedKeys, attend
+from attention import TurnedKeys, attend, with_room
 from positions import FREQUENCIES, METHODS, alibi, make_plan, nope, parameters, pick, positive, whole
 
 # rope_type in config.json -> the row of METHODS that computes it
@@ -177,7 +177,16 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if not single_row(x):
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        length = float(torch.linalg.vector_norm(x, dtype=torch.float32))  # the same in three operations, not twelve
+        return x * (length ** 2 / x.numel() + self.eps) ** -0.5 * self.weight
+
+
+def single_row(x):
+    """Whether x (*, channels) is one row on a CPU, as in decoding, where what counts is how little is done besides
+    reading the weights."""
+    return x.numel() == x.shape[-1] and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def by_rows(f, x, rows=512):
@@ -189,8 +198,8 @@ def by_rows(f, x, rows=512):
 
 
 def linear(x, weight, bias=None):
-    """F.linear; for a single row on a CPU, as in decoding, by mv, which reads weights up to twice as fast."""
-    if x.numel() > x.shape[-1] or x.device.type != "cpu" or torch.is_grad_enabled():
+    """F.linear; for a single row by mv, which reads weights up to twice as fast."""
+    if not single_row(x):
         return F.linear(x, weight, bias)
     out = torch.mv(weight, x.flatten())
     return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
@@ -213,8 +222,8 @@ class Attention(nn.Module):
     def forward(self, x, plan, cache, impl):
         """The last Tq tokens of x (B, T, hidden_size) look at all; Tq is the plan's."""
         asking = x[:, -len(plan.regions[0].q_pos):]
-        q, k, v = (project(rows).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, D)
-                   for project, rows in ((self.q_proj, asking), (self.k_proj, x), (self.v_proj, x)))
+        q, k, v = (made.view(*made.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, heads, T, D)
+                   for made in (self.q_proj(asking), self.k_proj(x), self.v_proj(x)))
         kept = None
         if cache is not None:
             (k, v), kept = cache.append(self.layer, k, v), cache.kept[self.layer] if x.shape[1] == 1 else None
@@ -325,10 +334,7 @@ class KVCache:
             self.size *= 2
         for held, fresh in ((self.k, k), (self.v, v)):
             if held[layer] is None or held[layer].shape[2] < new:
-                grown = fresh.new_empty(*fresh.shape[:2], self.size, fresh.shape[3])
-                if old:
-                    grown[:, :, :old] = held[layer][:, :, :old]
-                held[layer] = grown
+                held[layer] = with_room((fresh if old == 0 else held[layer])[:, :, :old], self.size)
             held[layer][:, :, old:new] = fresh
         self.length[layer] = new
         return self.k[layer][:, :, :new], self.v[layer][:, :, :new]

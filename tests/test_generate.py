@@ -114,6 +114,23 @@ def test_a_batch_decodes_like_its_rows(tiny):
     assert [row[:len(a)] for row, a in zip(together, alone)] == alone
 
 
+@pytest.mark.parametrize("method", ["rope", "self-extend", "mesa"])
+def test_a_loop_of_ones_own_may_go_on_where_decode_stopped(tiny, method):
+    """decode runs in torch.inference_mode, but the cache it leaves, which has grown in it, is of ordinary tensors."""
+    model, tokenizer = tiny
+    ids = tokenizer.encode("The grass is green. " * 20)
+    plan = plan_maker(model, len(ids), method)
+    logits, cache = prefill(model, torch.tensor([ids]), plan, room=2)
+    ids += [int(token) for token in decode(model, logits, cache, plan, sample, 100)]
+    with torch.no_grad():
+        for tokens in (ids[-1:], [7, 8]):
+            begin, end = len(cache), len(cache) + len(tokens)
+            logits = model(torch.tensor([tokens]), plan(torch.arange(begin, end), torch.arange(end)), cache)
+        whole = model(torch.tensor([ids + [7, 8]]), plan(torch.arange(end), torch.arange(end)))
+    assert end == len(ids) + 2 and (logits[0, -1] - whole[0, -1]).abs().max() < 1e-5 * whole.abs().max()
+
+
+
 @pytest.mark.parametrize("ids, message", [([], "empty"), ([10**6], "vocabulary"), ([-1], "vocabulary")])
 def test_prompt_must_be_ids_of_the_model(tiny, ids, message):
     with pytest.raises(ValueError, match=message):
