@@ -32,12 +32,11 @@ from safetensors.torch import save_file
 
 from attention import TurnedKeys, asking, attend, attend_dense, turned
 from eval_passkey import parse_method
-from generate import decode, method_list, number, pick_device, plan_maker, prefill, say
+from generate import decode, keep_freed_memory, method_list, number, pick_device, plan_maker, prefill, say
 from model import DTYPES, Config, Llama, available_memory, config_of, load_model
 from positions import figure_class, make_plan, run_command, seen
 
 L = 4096  # training length of the attention benchmarks
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 METHODS = ("rope", "rerope:window=512", "leaky-rerope:window=512", "self-extend:window=512", "lampe:head=512",
            "dca:chunk=1024:top=4095", "mesa:first=1024:chunk=1024:last=1024", "lm-infinite:local=2048",
            "streaming-llm:recent=1020")
@@ -49,10 +48,17 @@ SHAPES = {  # layers, width, heads, key heads, width of the MLP, vocabulary, tra
 # ---------------------------------------------------------------------------------------------------------------------
 # measuring
 
-def race(calls, rounds, device):
+def race(calls, rounds, device, exact=False):
     """({name: [seconds]}, {name: bytes}) of calls, a dict of functions: each run once for its peak memory, which also
-    warms it up, then all in turn, `rounds` times."""
+    warms it up, then all in turn, `rounds` times.
+
+    exact: measure memory while malloc gives back all that is freed, or else what it keeps of earlier calls may count.
+    """
+    if exact:
+        keep_freed_memory(most=0, block=2 ** 17)
     memory = {name: peak(call, device) for name, call in calls.items()}
+    if exact:
+        keep_freed_memory(most=2 ** 26)  # where malloc comes to by itself
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -77,10 +83,7 @@ def status(field):
 
 
 def peak(call, device):
-    """Bytes that a call needs at once beyond what was there before; nan where the platform does not say.
-
-    On a CPU malloc is made to give back at once what is freed; what it else keeps depends on the calls before.
-    """
+    """Bytes that a call needs at once beyond what was there before; nan where the platform does not say."""
     gc.collect()
     if device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -88,16 +91,12 @@ def peak(call, device):
         call()
         return torch.cuda.max_memory_allocated() - before
     try:
-        libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)  # memory that was freed, but is still held, would hide what the call takes
-        libc.mallopt(M_MMAP_THRESHOLD, 2 ** 17)
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed, but is still held, would hide what the call takes
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
         before = status("VmRSS")
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):
         return math.nan
     call()
-    libc.mallopt(M_MMAP_THRESHOLD, 2 ** 25)  # from where malloc would come to by itself
-    libc.mallopt(M_TRIM_THRESHOLD, 2 ** 26)
     return status("VmHWM") - before
 
 
@@ -223,7 +222,7 @@ def attention(args, report):
             plans["two matrices"] = plans[naive]
             check("two matrices", two_matrix(q, k, v, plans[naive]), calls[naive](), q.dtype)
             calls["two matrices"] = lambda plan=plans[naive], q=q, k=k, v=v: two_matrix(q, k, v, plan)
-        times, memory = race(calls, args.rounds, args.device)
+        times, memory = race(calls, args.rounds, args.device, exact=True)
         report.add("attention", f"attention over {T} tokens, {layer(args)}",
                    [attention_row(args, T, name, times, memory, plans) for name in calls])
 
