@@ -48,17 +48,10 @@ SHAPES = {  # layers, width, heads, key heads, width of the MLP, vocabulary, tra
 # ---------------------------------------------------------------------------------------------------------------------
 # measuring
 
-def race(calls, rounds, device, exact=False):
+def race(calls, rounds, device):
     """({name: [seconds]}, {name: bytes}) of calls, a dict of functions: each run once for its peak memory, which also
-    warms it up, then all in turn, `rounds` times.
-
-    exact: measure memory while malloc gives back all that is freed, or else what it keeps of earlier calls may count.
-    """
-    if exact:
-        keep_freed_memory(most=0, block=2 ** 17)
+    warms it up, then all in turn, `rounds` times."""
     memory = {name: peak(call, device) for name, call in calls.items()}
-    if exact:
-        keep_freed_memory(most=2 ** 26)  # where malloc comes to by itself
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -211,20 +204,31 @@ def attention(args, report):
     for spec in args.methods:
         plan = plan_of(args, spec, torch.arange(700), 700)
         check(spec, attend(q, k, v, plan, args.impl), attend_dense(q, k, v, plan), q.dtype)
+    keep_freed_memory(most=0, block=2 ** 17)  # while memory is measured, malloc gives back all that is freed
+    memory = {T: {name: peak(call, args.device) for name, call in candidates(args, T)[0].items()} for T in args.lengths}
+    keep_freed_memory(most=2 ** 26)  # where malloc comes to by itself
     for T in args.lengths:
-        q, k, v = inputs(args, T)
-        plans = {spec: plan_of(args, spec, torch.arange(T), T) for spec in args.methods}
-        calls = {"pytorch causal": lambda q=q, k=k, v=v: causal(q, k, v)}
-        for spec, plan in plans.items():
-            calls[spec] = lambda plan=plan, q=q, k=k, v=v: attend(q, k, v, plan, args.impl)
-        naive = next((spec for spec in plans if spec.startswith("rerope") and len(plans[spec].regions) == 2), None)
-        if naive and 16 * args.heads * T * T < available_memory():
-            plans["two matrices"] = plans[naive]
-            check("two matrices", two_matrix(q, k, v, plans[naive]), calls[naive](), q.dtype)
-            calls["two matrices"] = lambda plan=plans[naive], q=q, k=k, v=v: two_matrix(q, k, v, plan)
-        times, memory = race(calls, args.rounds, args.device, exact=True)
+        calls, plans = candidates(args, T)
+        if "two matrices" in calls:
+            naive = next(spec for spec in plans if plans[spec] is plans["two matrices"])
+            check("two matrices", calls["two matrices"](), calls[naive](), DTYPES[args.dtype])
+        times, _ = race(calls, args.rounds, args.device)
         report.add("attention", f"attention over {T} tokens, {layer(args)}",
-                   [attention_row(args, T, name, times, memory, plans) for name in calls])
+                   [attention_row(args, T, name, times, memory[T], plans) for name in calls])
+
+
+def candidates(args, T):
+    """({name: function}, {name: plan}) of all that compute attention over T tokens, of inputs of their own."""
+    q, k, v = inputs(args, T)
+    plans = {spec: plan_of(args, spec, torch.arange(T), T) for spec in args.methods}
+    calls = {"pytorch causal": lambda: causal(q, k, v)}
+    for spec, plan in plans.items():
+        calls[spec] = lambda plan=plan: attend(q, k, v, plan, args.impl)
+    naive = next((spec for spec in plans if spec.startswith("rerope") and len(plans[spec].regions) == 2), None)
+    if naive and 16 * args.heads * T * T < available_memory():
+        plans["two matrices"] = plans[naive]
+        calls["two matrices"] = lambda: two_matrix(q, k, v, plans[naive])
+    return calls, plans
 
 
 def attention_row(args, T, name, times, memory, plans):
