@@ -235,10 +235,11 @@ def attention_row(args, T, name, times, memory, plans):
     """One line of the attention table."""
     seconds, full = statistics.median(times[name]), statistics.median(times["pytorch causal"])
     useful = int(seen(plans[name]).sum()) if name in plans else T * (T + 1) // 2
+    used = memory.get(name, math.nan)  # two matrices may not have fitted then
     return {"method": name, "tokens": T, "ms": seconds * 1e3, "best ms": min(times[name]) * 1e3,
             "x pytorch": seconds / full, "us/token": seconds / T * 1e6, "pairs": useful,
-            "TFLOP/s": 4 * args.heads * args.width * useful / seconds / 1e12, "peak MiB": memory[name] / 2 ** 20,
-            "x its memory": memory[name] / memory["pytorch causal"]}
+            "TFLOP/s": 4 * args.heads * args.width * useful / seconds / 1e12, "peak MiB": used / 2 ** 20,
+            "x its memory": used / memory["pytorch causal"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
