@@ -78,10 +78,27 @@ def test_prompt(method, n, L):
 @pytest.mark.parametrize("method", METHODS)
 def test_few_heads_and_few_rows_at_a_time(method, monkeypatch):
     """As with long prompts: one key head, then two, and ten rows, to a turn."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     for shape, share, block in ((SHAPES[1], 1, 640), ((2, 6, 3, 8), 2 * 2 * 2 * 130 * 8, 480)):
         monkeypatch.setattr(attention, "SHARE", share)
         monkeypatch.setattr(attention, "BLOCK", block)
         check_all(*inputs(shape, 130, 130), plan_for(method, shape, 130, 32))
+
+
+@pytest.mark.parametrize("threads, turns", [(1, [2, 2, 2, 2]), (2, [2, 2, 2, 2]), (3, [4, 4]), (16, [8])])
+@torch.no_grad()
+def test_no_thread_is_without_a_head(threads, turns, monkeypatch):
+    """8 query heads on 4 key heads, each too large for SHARE: query heads per turn."""
+    monkeypatch.setattr(attention, "SHARE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    q, k, v = inputs((1, 8, 4, 8), 40, 40)
+    found = []
+
+    def seen(q, k, v, plan, kept=None, out=None):
+        found.append(q.shape[1])
+        return q
+    attention.by_heads(seen, q, k, v, plan_for("rope", (1, 8, 4, 8), 40, 32), None)
+    assert found == turns
 
 
 @pytest.mark.parametrize("method, params", COMPOSITIONS, ids=str)
