@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 IMPLEMENTATIONS = ("auto", "dense", "tiled", "triton")
 SHARE, BLOCK = 2 ** 22, 2 ** 18  # numbers that a CPU works on at a time: some heads, some rows
+LONG = 8192  # rows of one fused call at most
 NEVER = -1e30  # the log of a weight that is zero; finite, so that what sees nothing gives no nan
 
 
@@ -269,7 +270,7 @@ def attend_tiled(q, k, v, plan, block_q=256, block_k=1024, kept=None, out=None):
     """Region by region, piece by piece, merged by their log-sum-exp: O(Tq + Tk) memory, never T x T.
 
     The rows of a region are cut into runs, of which each sees a rectangle, a triangle or a sliding window of keys. The
-    first two go to PyTorch's fused attention whole, windows in blocks of block_q rows with a mask for the ragged edge.
+    first two go to PyTorch's fused attention LONG rows at a time, windows block_q, with a mask for the ragged edge.
     Where there is no fused call, ALiBi and other devices, every piece is at most block_q rows by block_k keys.
     out: a tensor (B, H, Tq, D) for the result; in float32 it also serves as the running sum.
     """
@@ -315,7 +316,7 @@ def has_fused(q, plan):
 
 def row_blocks(r, block, fused):
     """(a, b) ranges of the rows that see something in region r, within which start and end each stand still or move by
-    one key per row; of at most `block` rows, but whole where start stands still and there is a fused call."""
+    one key per row; of at most `block` rows, or LONG where start stands still and there is a fused call."""
     T, live = len(r.start), r.end > r.start
     steps = torch.stack((r.start.diff(), r.end.diff()))
     jump = (steps.abs() > 1).any(0) | live.diff()
@@ -324,7 +325,7 @@ def row_blocks(r, block, fused):
     cuts = [0, *(jump.nonzero().flatten() + 1).tolist(), T]
     for a, b in itertools.pairwise(cuts):
         if live[a]:
-            step = 8192 if fused and r.start[a] == r.start[b - 1] else block
+            step = LONG if fused and r.start[a] == r.start[b - 1] else block
             yield from ((c, min(c + step, b)) for c in range(a, b, step))
 
 
