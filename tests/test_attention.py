@@ -77,8 +77,9 @@ def test_prompt(method, n, L):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_few_heads_and_few_rows_at_a_time(method, monkeypatch):
-    """As with long prompts: one key head, then two, and ten rows, to a turn."""
+    """As with long prompts: one key head, then two, and ten rows, to a turn, and 50 rows to a fused call."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(attention, "LONG", 50)
     for shape, share, block in ((SHAPES[1], 1, 640), ((2, 6, 3, 8), 2 * 2 * 2 * 130 * 8, 480)):
         monkeypatch.setattr(attention, "SHARE", share)
         monkeypatch.setattr(attention, "BLOCK", block)
