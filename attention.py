@@ -100,10 +100,10 @@ def cos_sin(plan, pos, rows, device, scale=None):
         theta, at = plan.inv_freq.to(home), pos[rows, None].to(home).double()
         size = torch.full_like(at, plan.mscale) if scale is None else plan.mscale * scale[:, None].to(home)
         tables = torch.empty(2, len(at), len(theta), device=device)
-        for cos, sin, *part in blocks(*tables, at, size):
-            angle = part[0] * theta
-            cos.copy_(angle.cos() * part[1])
-            sin.copy_(angle.sin() * part[1])
+        for cos, sin, positions, sizes in blocks(*tables, at, size):
+            angle = positions * theta
+            cos.copy_(angle.cos() * sizes)
+            sin.copy_(angle.sin() * sizes)
         return tables
     return plan.once((id(pos), scale is None, rows.start, rows.stop, str(device)), make)
 

@@ -375,15 +375,13 @@ def whole_model(args, report):
                  if "eager" not in name or 48 * config.num_attention_heads * n * n < available_memory()}
         calls |= {spec: lambda plan=plan, ids=ids: prefill(ours, ids, plan) for spec, plan in plans.items()}
         times, memory = race(calls, args.rounds, args.device)
-        rows = []
-        for name, t in times.items():
+        times, rows = {name: statistics.median(t) for name, t in times.items()}, []
+        for name, seconds in times.items():
             plan = plans[name](torch.arange(n), torch.arange(n)) if name in plans else None
             useful = int(seen(plan).sum()) if plan else n * (n + 1) // 2
             work = 2 * weights * n + 4 * useful * config.num_hidden_layers * config.hidden_size
-            seconds = statistics.median(t)
             rows.append({"prefill": name, "tokens": n, "seconds": seconds, "tokens/s": n / seconds,
-                         "x transformers sdpa": statistics.median(times["transformers sdpa"]) / seconds
-                         if "transformers sdpa" in times else math.nan,
+                         "x transformers sdpa": times.get("transformers sdpa", math.nan) / seconds,
                          "floor s": work / flops, "peak MiB": memory[name] / 2 ** 20})
         report.add("prefill", f"prefill of {n} tokens, {args.shape}, bfloat16", rows)
         decoding(args, report, ours, rivals, plans, ids, n)
@@ -410,7 +408,7 @@ def decoding(args, report, ours, rivals, plans, ids, n, tokens=8):
     read = 2 * sum(p.numel() for name, p in ours.named_parameters() if "embed" not in name or c.tie_word_embeddings)
     report.add("decode model", f"decoding after {n} tokens, {args.shape}, bfloat16", [
         {"decode": name, "context": n, "ms/token": t * 1e3, "tokens/s": 1 / t,
-         "x transformers sdpa": times["transformers sdpa"] / t if "transformers sdpa" in times else math.nan,
+         "x transformers sdpa": times.get("transformers sdpa", math.nan) / t,
          "floor ms (weights and cache at copy speed)": (read + cached) / report.ceilings["copy GB/s"] / 1e6}
         for name, t in times.items()])
 
@@ -420,7 +418,7 @@ import sys, time
 import torch
 from bench import peak
 if sys.argv[1] == "ours":
-    from model import DTYPES, Config, load_model
+    from model import Config, load_model
     make = lambda path: load_model(path, Config.from_hf(path))
 else:
     import transformers
