@@ -2,14 +2,16 @@
 
 Does: check every candidate against its reference; time all of them in turn, round after round; print medians, ratios to
 PyTorch's own causal attention or to transformers on the same weights, and peak memory; append every result to a JSONL
-file. Does not: compare with numbers of another day.
+file; say whether others were using the machine. Does not: compare with numbers of another day.
 
     python bench.py attention --lengths 4096,16384         # also: decode, model, load, kernel (CUDA only), all
     python bench.py model --shape llama-7b --scratch DIR   # random weights in bfloat16, written once, memory-mapped
 
 Only useful pairs of a query and a key count as work: 4 * D * H floating-point operations each.
+
+Letters: H query heads, Hkv key heads, D width of a head, T tokens, n tokens of a prompt.
 """
-import argparse
+import copy
 import ctypes
 import datetime
 import gc
@@ -23,6 +25,9 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -30,49 +35,84 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from attention import TurnedKeys, asking, attend, attend_dense, turned
-from eval_passkey import parse_method
-from generate import decode, keep_freed_memory, method_list, number, pick_device, plan_maker, prefill, say
-from model import DTYPES, Config, Llama, available_memory, config_of, load_model
-from positions import figure_class, make_plan, run_command, seen
+from attention import attend, attend_dense
+from checkpoint import available_memory, weight_bytes
+from cli import (keep_freed_memory, markdown, method_list, number, pick_device, plain_parser, read_rows, run_command,
+                 say, settings_line)
+from generate import decode, prefill
+from model import DTYPES, Config, Llama, load_model
+from plan import visible_keys
+from positions import Method, make_plan
+from rotation import rotate_keys, rotate_queries
+from show import figure_class, plot_bench
 
 L = 4096  # training length of the attention benchmarks
-METHODS = ("rope", "rerope:window=512", "leaky-rerope:window=512", "self-extend:window=512", "lampe:head=512",
-           "dca:chunk=1024:top=4095", "mesa:first=1024:chunk=1024:last=1024", "lm-infinite:local=2048",
-           "streaming-llm:recent=1020")
-SHAPES = {  # layers, width, heads, key heads, width of the MLP, vocabulary, training length
-    "110m": (12, 768, 12, 12, 2048, 32000, 1024), "1b": (16, 2048, 32, 8, 8192, 32000, 4096),
-    "llama-7b": (32, 4096, 32, 32, 11008, 32000, 4096)}
+LAYER_METHODS = ("rope", "rerope:window=512", "leaky-rerope:window=512", "self-extend:window=512", "lampe:head=512",
+                 "dca:chunk=1024:top=4095", "mesa:first=1024:chunk=1024:last=1024", "lm-infinite:local=2048",
+                 "streaming-llm:recent=1020")
+MODEL_METHODS = ("rope", "mesa")
+PYTORCH = "pytorch causal"
+PYTORCH_STEP = "pytorch, keys rotated before"
+ROTATE_ALL = "all keys rotated at each step"
+TRANSFORMERS = "transformers sdpa"
+
+
+@dataclass
+class Shape:
+    """The shape of a random model."""
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    mlp_width: int
+    train_len: int
+    vocabulary: int = 32000
+    tied: bool = False  # the head is the embedding
+
+
+SHAPES = {
+    "110m": Shape(layers=12, width=768, heads=12, kv_heads=12, mlp_width=2048, train_len=1024, tied=True),
+    "1b": Shape(layers=16, width=2048, heads=32, kv_heads=8, mlp_width=8192, train_len=4096),
+    "llama-7b": Shape(layers=32, width=4096, heads=32, kv_heads=32, mlp_width=11008, train_len=4096),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # measuring
 
+@dataclass
+class Measured:
+    """What race finds of one call."""
+    seconds: list[float]  # of each round
+    peak: float           # bytes that it needs at once; nan where the platform does not say
+
+    @property
+    def median(self):
+        return statistics.median(self.seconds)
+
+    @property
+    def best(self):
+        return min(self.seconds)
+
+
 def race(calls, rounds, device):
-    """({name: [seconds]}, {name: bytes}) of calls, a dict of functions: each run once for its peak memory, which also
-    warms it up, then all in turn, `rounds` times."""
-    memory = {name: peak(call, device) for name, call in calls.items()}
-    times = {name: [] for name in calls}
+    """{name: Measured} of calls, a dict of functions: each run once for its peak memory, which also warms it up, then
+    all in turn, `rounds` times."""
+    measured = {name: Measured([], peak(call, device)) for name, call in calls.items()}
     for _ in range(rounds):
         for name, call in calls.items():
             wait(device)
             start = time.perf_counter()
             call()
             wait(device)
-            times[name].append(time.perf_counter() - start)
-    return times, memory
+            measured[name].seconds.append(time.perf_counter() - start)
+    return measured
 
 
 def wait(device):
     """Until the accelerator has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def status(field):
-    """A field of /proc/self/status in bytes."""
-    line = next(line for line in open("/proc/self/status") if line.startswith(field))
-    return 1024 * int(line.split()[1])
 
 
 def peak(call, device):
@@ -86,454 +126,673 @@ def peak(call, device):
     try:
         ctypes.CDLL(None).malloc_trim(0)  # memory that was freed, but is still held, would hide what the call takes
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-        before = status("VmRSS")
+        before = process_memory("VmRSS")
     except (OSError, AttributeError, TypeError):
+        call()
         return math.nan
     call()
-    return status("VmHWM") - before
+    return process_memory("VmHWM") - before
 
 
-def ceilings(device):
+def process_memory(field):
+    """A field of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def check(name, got, want, dtype):
+    """ValueError where a candidate differs from its reference by more than rounding."""
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    largest = max(1.0, float(want.float().abs().max()))
+    error = float((got.float() - want.float()).abs().max())
+    if not error < tolerance * largest:
+        raise ValueError(f"{name} is wrong by {error:.2g}: not timed")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the machine, and the report
+
+def ceilings(device, width=2048, numbers=2 ** 26):
     """What the machine can do: TFLOP/s of a matrix product by type, GB/s of a copy (read and write), medians of 5."""
-    out = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(2048, 2048, device=device).to(dtype)
-        seconds = statistics.median(race({"": lambda x=x: x @ x}, 5, device)[0][""])
-        out[f"matmul {str(dtype).removeprefix('torch.')} TFLOP/s"] = round(2 * 2048 ** 3 / seconds / 1e12, 3)
-    x = torch.zeros(2 ** 26, device=device)
+    found = {}
+    for name in ("float32", "bfloat16"):
+        x = torch.randn(width, width, device=device).to(DTYPES[name])
+        seconds = race({name: partial(torch.matmul, x, x)}, 5, device)[name].median
+        found[f"matmul {name} TFLOP/s"] = round(2 * width ** 3 / seconds / 1e12, 3)
+    x = torch.zeros(numbers, device=device)
     y = torch.zeros_like(x)
-    seconds = statistics.median(race({"": lambda: y.copy_(x)}, 5, device)[0][""])
-    return {**out, "copy GB/s": round(2 * x.nbytes / seconds / 1e9, 1)}
+    seconds = race({"copy": partial(y.copy_, x)}, 5, device)["copy"].median
+    found["copy GB/s"] = round(2 * x.nbytes / seconds / 1e9, 1)
+    return found
 
 
 def machine(device):
     """What a reader needs to know of the machine and of versions."""
-    def version(package):
+    found = {"device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+             "python": platform.python_version()}
+    for package in ("torch", "triton", "transformers"):
         try:
-            return metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            return None
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+            pass
+    found["date"] = datetime.date.today().isoformat()
+    return found
+
+
+def device_name(device):
+    """The name of the accelerator or of the processor."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     try:
-        if device == "cpu":
-            name = next(x for x in open("/proc/cpuinfo") if x.startswith("model name")).split(": ")[1].strip()
-    except (OSError, StopIteration):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(": ")[1].strip()
+    except OSError:
         pass
-    versions = {package: version(package) for package in ("torch", "triton", "transformers")}
-    return {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "python": platform.python_version(), **{k: v for k, v in versions.items() if v},
-            "date": datetime.date.today().isoformat()}
+    return platform.processor() or platform.machine()
+
+
+def load_average():
+    """Processes that ran or wanted to, on average over the last minute; None where the platform does not say."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    return round(os.getloadavg()[0], 2)
+
+
+def is_busy(loads, threads):
+    """Whether one of these loads is more than this process makes by itself: others were running, times are too long."""
+    return any(load is not None and load > threads + 0.5 for load in loads)
 
 
 class Report:
     """Prints tables, and appends each of their rows to a JSONL file with the machine, the command and the load."""
 
-    def __init__(self, args, path):
-        self.path, self.common = path, {"command": "python bench.py " + " ".join(sys.argv[1:]), **machine(args.device)}
-        print(" ".join(f"{key}={value}" for key, value in self.common.items()))
+    def __init__(self, args, words):
+        self.path = args.results
+        self.load = load_average()  # when work on the next table began
+        self.machine = machine(args.device)
+        self.command = "python bench.py " + " ".join(words)
+        print(settings_line({"command": self.command, **self.machine}))
         self.ceilings = ceilings(args.device)
-        print("ceilings:", ", ".join(f"{value} {key}" for key, value in self.ceilings.items()), flush=True)
+        print("ceilings:", ", ".join(f"{value} {name}" for name, value in self.ceilings.items()), flush=True)
 
     def add(self, section, title, rows):
-        """A markdown table of rows, dicts with the same keys."""
-        load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+        """A table of rows, dicts with the same keys."""
+        before = self.load
+        after = load_average()
+        self.load = after
+        busy = is_busy((before, after), self.machine["threads"])
+        where = {"load_before": before, "load": after, "busy": busy, "command": self.command, **self.machine,
+                 **self.ceilings}
         with open(self.path, "a", encoding="utf-8") as file:
             for row in rows:
-                file.write(json.dumps({"section": section, **row, "load": load, **self.common, **self.ceilings}) + "\n")
-        print(f"\n{title} (load {load})\n\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-        for row in rows:
-            print("| " + " | ".join(shown(x) for x in row.values()) + " |", flush=True)
+                file.write(json.dumps({"section": section, **row, **where}) + "\n")
+        mark = " (machine busy)" if busy else ""
+        print(f"\n{title} (load {before} before, {after} after){mark}\n")
+        print(markdown(list(rows[0]), [[cell(value) for value in row.values()] for row in rows]), flush=True)
 
 
-def shown(x):
-    """A table cell."""
-    if isinstance(x, float):
-        return "" if math.isnan(x) else f"{x:.3g}" if abs(x) < 100 else f"{x:.0f}"
-    return str(x)
-
-
-def check(name, got, want, dtype):
-    """ValueError where a candidate differs from its reference by more than rounding."""
-    tolerance = {torch.float32: 1e-4}.get(dtype, 3e-2) * max(1.0, float(want.float().abs().max()))
-    error = float((got.float() - want.float()).abs().max())
-    if not error < tolerance:
-        raise ValueError(f"{name} is wrong by {error:.2g}: not timed")
+def cell(value):
+    """The text of a table cell: three digits of a number, nothing for nan."""
+    if not isinstance(value, float):
+        return str(value)
+    if math.isnan(value):
+        return ""
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # attention over one layer
 
-def inputs(args, T, keys=None):
-    """q (1, H, T, D), and k and v (1, Hkv, keys or T, D)."""
-    generator, dtype = torch.Generator().manual_seed(0), DTYPES[args.dtype]
-    shapes = (args.heads, T), (args.kv_heads, keys or T), (args.kv_heads, keys or T)
-    return [torch.randn(1, h, t, args.width, generator=generator).to(args.device, dtype) for h, t in shapes]
+@dataclass
+class Candidate:
+    """One way to compute attention over T tokens."""
+    name: str
+    call: Callable
+    pairs: int                  # of a query and a key, the useful ones
+    same_as: str | None = None  # the candidate whose result it must give
 
 
-def plan_of(args, spec, i, Tk):
-    """The plan of a method for queries i among Tk keys, of a prompt that ends with them."""
-    method, freq, scale, params = parse_method(spec)
-    return make_plan(method, i, torch.arange(Tk), n=Tk, L=L, D=args.width, H=args.heads, freq=freq, attn_scale=scale,
-                     **params)
+def inputs(args, queries, keys):
+    """q (1, H, queries, D), and k and v (1, Hkv, keys, D)."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = []
+    for heads, tokens in ((args.heads, queries), (args.kv_heads, keys), (args.kv_heads, keys)):
+        x = torch.randn(1, heads, tokens, args.width, generator=generator)
+        tensors.append(x.to(args.device, DTYPES[args.dtype]))
+    return tensors
 
 
-def layer(args):
+def layer_plan(args, method, i, Tk):
+    """The Plan of a Method for queries i among Tk keys, of a prompt that ends with them."""
+    return make_plan(method, i, torch.arange(Tk), n=Tk, L=L, D=args.width, H=args.heads)
+
+
+def layer_shape(args):
     """The shape of the layer in a few words."""
     return f"H={args.heads}, Hkv={args.kv_heads}, D={args.width}, {args.dtype}"
-
-
-def two_matrix(q, k, v, plan):
-    """ReRoPE as its first code has it: two T x T score matrices, one of them chosen for each pair."""
-    T, D = q.shape[2:]
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    far, near = sorted(plan.regions, key=lambda r: int(r.start[-1]))
-    scores = [asking(q, plan, r) @ turned(k, plan, r.k_pos).transpose(-1, -2) / math.sqrt(D) for r in (near, far)]
-    i, j = torch.arange(T, device=q.device)[:, None], torch.arange(T, device=q.device)
-    scores = torch.where(j >= near.start.to(q.device)[:, None], *scores).masked_fill(j > i, -math.inf)
-    return scores.float().softmax(-1).to(v.dtype) @ v
-
-
-def causal(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @torch.no_grad()
 def attention(args, report):
     """Prefill of one layer: each method, rotation of q and k included, against PyTorch's causal attention without."""
-    q, k, v = inputs(args, 700)
-    for spec in args.methods:
-        plan = plan_of(args, spec, torch.arange(700), 700)
-        check(spec, attend(q, k, v, plan, args.impl), attend_dense(q, k, v, plan), q.dtype)
+    check_methods(args, 700)
+    memory = {}
     keep_freed_memory(most=0, block=2 ** 17)  # while memory is measured, malloc gives back all that is freed
-    memory = {T: {name: peak(call, args.device) for name, call in candidates(args, T)[0].items()} for T in args.lengths}
+    for T in args.lengths:
+        memory[T] = {candidate.name: peak(candidate.call, args.device) for candidate in attention_candidates(args, T)}
     keep_freed_memory(most=2 ** 26)  # where malloc comes to by itself
     for T in args.lengths:
-        calls, plans = candidates(args, T)
-        if "two matrices" in calls:
-            naive = next(spec for spec in plans if plans[spec] is plans["two matrices"])
-            check("two matrices", calls["two matrices"](), calls[naive](), DTYPES[args.dtype])
-        times, _ = race(calls, args.rounds, args.device)
-        report.add("attention", f"attention over {T} tokens, {layer(args)}",
-                   [attention_row(args, T, name, times, memory[T], plans) for name in calls])
+        candidates = attention_candidates(args, T)
+        check_candidates(candidates, DTYPES[args.dtype])
+        measured = race({candidate.name: candidate.call for candidate in candidates}, args.rounds, args.device)
+        rows = [attention_row(args, T, candidate, measured, memory[T]) for candidate in candidates]
+        report.add("attention", f"attention over {T} tokens, {layer_shape(args)}", rows)
 
 
-def candidates(args, T):
-    """({name: function}, {name: plan}) of all that compute attention over T tokens, of inputs of their own."""
-    q, k, v = inputs(args, T)
-    plans = {spec: plan_of(args, spec, torch.arange(T), T) for spec in args.methods}
-    calls = {"pytorch causal": lambda: causal(q, k, v)}
-    for spec, plan in plans.items():
-        calls[spec] = lambda plan=plan: attend(q, k, v, plan, args.impl)
-    naive = next((spec for spec in plans if spec.startswith("rerope") and len(plans[spec].regions) == 2), None)
-    if naive and 16 * args.heads * T * T < available_memory():
-        plans["two matrices"] = plans[naive]
-        calls["two matrices"] = lambda: two_matrix(q, k, v, plans[naive])
-    return calls, plans
+def check_methods(args, T):
+    """ValueError where a method over T tokens differs from its definition."""
+    q, k, v = inputs(args, T, T)
+    for method in args.methods:
+        plan = layer_plan(args, method, torch.arange(T), T)
+        check(method, attend(q, k, v, plan, args.impl), attend_dense(q, k, v, plan), q.dtype)
 
 
-def attention_row(args, T, name, times, memory, plans):
-    """One line of the attention table."""
-    seconds, full = statistics.median(times[name]), statistics.median(times["pytorch causal"])
-    useful = int(seen(plans[name]).sum()) if name in plans else T * (T + 1) // 2
-    used = memory.get(name, math.nan)  # two matrices may not have fitted then
-    return {"method": name, "tokens": T, "ms": seconds * 1e3, "best ms": min(times[name]) * 1e3,
-            "x pytorch": seconds / full, "us/token": seconds / T * 1e6, "pairs": useful,
-            "TFLOP/s": 4 * args.heads * args.width * useful / seconds / 1e12, "peak MiB": used / 2 ** 20,
-            "x its memory": used / memory["pytorch causal"]}
+def attention_candidates(args, T):
+    """[Candidate] of all that compute attention over T tokens, with inputs of their own."""
+    q, k, v = inputs(args, T, T)
+    candidates = [Candidate(PYTORCH, partial(causal, q, k, v), T * (T + 1) // 2)]
+    naive = []
+    for method in args.methods:
+        plan = layer_plan(args, method, torch.arange(T), T)
+        pairs = int(visible_keys(plan).sum())
+        candidates.append(Candidate(str(method), partial(attend, q, k, v, plan, args.impl), pairs))
+        if method.name == "rerope" and len(plan.regions) == 2:
+            naive.append(Candidate("two matrices", partial(two_matrices, q, k, v, plan), pairs, same_as=str(method)))
+    if 16 * args.heads * T * T < available_memory():
+        candidates += naive[:1]
+    return candidates
+
+
+def check_candidates(candidates, dtype):
+    """ValueError where a candidate does not give what the one it is the same as gives."""
+    calls = {candidate.name: candidate.call for candidate in candidates}
+    for candidate in candidates:
+        if candidate.same_as:
+            check(candidate.name, candidate.call(), calls[candidate.same_as](), dtype)
+
+
+def causal(q, k, v):
+    """PyTorch's own causal attention, of keys and queries that are rotated already."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def two_matrices(q, k, v, plan):
+    """ReRoPE as its first code has it: two T x T score matrices, one of them chosen for each pair."""
+    group = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(group, 1)
+    v = v.repeat_interleave(group, 1)
+    near = region_scores(q, k, plan, 0)
+    far = region_scores(q, k, plan, 1)
+    i = torch.arange(q.shape[2], device=q.device)[:, None]
+    j = torch.arange(k.shape[2], device=q.device)
+    is_near = j >= plan.regions[0].start.to(q.device)[:, None]
+    scores = torch.where(is_near, near, far).masked_fill(j > i, -math.inf)
+    return scores.float().softmax(-1).to(v.dtype) @ v
+
+
+def region_scores(q, k, plan, number):
+    """Scores (B, H, T, T) of all q and k (B, H, T, D), at the distances of one region."""
+    rotated_q = rotate_queries(q, plan, number)
+    rotated_k = rotate_keys(k, plan, plan.key_set[number])
+    return rotated_q @ rotated_k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+
+
+def attention_row(args, T, candidate, measured, memory):
+    """One line of the attention table; memory: {name: bytes}."""
+    mine = measured[candidate.name]
+    used = memory.get(candidate.name, math.nan)  # two matrices may not have fitted then
+    work = 4 * args.heads * args.width * candidate.pairs
+    return {"method": candidate.name, "tokens": T, "ms": mine.median * 1e3, "best ms": mine.best * 1e3,
+            "x pytorch": mine.median / measured[PYTORCH].median, "us/token": mine.median / T * 1e6,
+            "pairs": candidate.pairs, "TFLOP/s": work / mine.median / 1e12, "peak MiB": used / 2 ** 20,
+            "x its memory": used / memory[PYTORCH]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # decoding in one layer
 
+@torch.no_grad()
+def decode_attention(args, report):
+    """One query against T cached keys: each method with the rotated keys that a cache keeps for it, beside PyTorch's
+    attention to keys that are rotated already, and what released codes do at each step."""
+    for T in args.lengths:
+        q, k, v = inputs(args, 1, T)
+        calls = {PYTORCH_STEP: partial(one_query, q, k, v)}
+        calls.update(method_steps(args, q, k, v))
+        calls.update(rotating_steps(args, q, k, v))
+        measured = race(calls, args.rounds * 5, args.device)
+        rows = [decode_row(name, T, measured, k.nbytes + v.nbytes) for name in calls]
+        report.add("decode", f"one query, {T} keys, {layer_shape(args)}", rows)
+
+
+def one_query(q, k, v):
+    """PyTorch's attention of one query per head, the query heads of a key head as its rows, so that k is read once."""
+    return F.scaled_dot_product_attention(q.view(1, k.shape[1], -1, q.shape[-1]), k, v)
+
+
+def method_steps(args, q, k, v):
+    """{name: function} of every method, each with the rotated keys that a cache would hold for it."""
+    T = k.shape[2]
+    calls = {}
+    for method in args.methods:
+        plan = layer_plan(args, method, torch.tensor([T - 1]), T)
+        rotated = [rotate_keys(k, plan, number) for number in range(len(plan.key_positions))]
+        call = partial(attend, q, k, v, plan, args.impl, rotated)
+        check(method, call(), attend_dense(q, k, v, plan), q.dtype)
+        calls[str(method)] = call
+    return calls
+
+
+def rotating_steps(args, q, k, v):
+    """{name: function} of what released codes do at each step: rotate all keys, and copy the cache to let it grow."""
+    T = k.shape[2]
+    inv_freq = layer_plan(args, Method("rope"), torch.tensor([T - 1]), T).inv_freq
+    angles = torch.outer(torch.arange(T), inv_freq).repeat(1, 2)
+    cos = angles.cos().to(q.device, q.dtype)
+    sin = angles.sin().to(q.device, q.dtype)
+    old_k = k[:, :, :-1].clone()
+    old_v = v[:, :, :-1].clone()
+
+    def step(keys, values):
+        rotated_q = rotate_like_transformers(q, cos[-1:], sin[-1:])
+        rotated_keys = rotate_like_transformers(keys, cos, sin)
+        return F.scaled_dot_product_attention(rotated_q, rotated_keys, values, enable_gqa=q.shape[1] != k.shape[1])
+
+    def growing_step():
+        return step(torch.cat((old_k, k[:, :, -1:]), 2), torch.cat((old_v, v[:, :, -1:]), 2))
+    return {ROTATE_ALL: partial(step, k, v), "... and the cache copied to grow": growing_step}
+
+
 def rotate_like_transformers(x, cos, sin):
-    """x * cos + rotate_half(x) * sin with tables of full width, as released codes turn a whole cache at each step."""
+    """x * cos + rotate_half(x) * sin with tables of full width, as released codes rotate a whole cache at each step."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat((-b, a), -1) * sin
 
 
-@torch.no_grad()
-def decode_attention(args, report):
-    """One query against T cached keys: each method, against one region of rotated keys, and what others do per step."""
-    for T in args.lengths:
-        q, k, v = inputs(args, 1, T)
-        _, old, old_v = inputs(args, 1, T - 1)
-        calls = {"pytorch, keys rotated before": lambda q=q, k=k, v=v: F.scaled_dot_product_attention(
-            q.unflatten(1, (k.shape[1], -1))[:, :, :, 0], k, v)}
-        for spec in args.methods:
-            plan, kept = plan_of(args, spec, torch.tensor([T - 1]), T), TurnedKeys()
-            check(spec, attend(q, k, v, plan, args.impl, kept), attend_dense(q, k, v, plan), q.dtype)
-            calls[spec] = lambda plan=plan, kept=kept, q=q, k=k, v=v: attend(q, k, v, plan, args.impl, kept)
-        plan = plan_of(args, "rope", torch.tensor([T - 1]), T)
-        angle = torch.outer(torch.arange(T), plan.inv_freq).repeat(1, 2)
-        cos, sin = (f(angle).to(q.device, q.dtype) for f in (torch.cos, torch.sin))
-
-        def every_step(q=q, k=k, v=v, cos=cos, sin=sin):
-            turned_q = rotate_like_transformers(q, cos[-1:], sin[-1:])
-            return F.scaled_dot_product_attention(turned_q, rotate_like_transformers(k, cos, sin), v,
-                                                  enable_gqa=q.shape[1] != k.shape[1])
-
-        def growing(k=k, v=v, old=old, old_v=old_v, every_step=every_step):
-            return every_step(k=torch.cat((old, k[:, :, -1:]), 2), v=torch.cat((old_v, v[:, :, -1:]), 2))
-        calls |= {"all keys rotated at each step": every_step, "... and the cache copied to grow": growing}
-        times, _ = race(calls, args.rounds * 5, args.device)
-        base, slow = (statistics.median(times[name]) for name in (next(iter(calls)), "all keys rotated at each step"))
-        report.add("decode", f"one query, {T} keys, {layer(args)}", [
-            {"method": name, "keys": T, "ms": statistics.median(t) * 1e3, "best ms": min(t) * 1e3,
-             "x pytorch": statistics.median(t) / base, "faster than rotating all": slow / statistics.median(t),
-             "GB/s of k and v": (k.nbytes + v.nbytes) / statistics.median(t) / 1e9} for name, t in times.items()])
+def decode_row(name, T, measured, size):
+    """One line of the decode table; size: bytes of k and v."""
+    mine = measured[name]
+    return {"method": name, "keys": T, "ms": mine.median * 1e3, "best ms": mine.best * 1e3,
+            "x pytorch": mine.median / measured[PYTORCH_STEP].median,
+            "faster than rotating all": measured[ROTATE_ALL].median / mine.median,
+            "GB/s of k and v": size / mine.median / 1e9}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# whole models of random weights
+# random checkpoints
 
-def checkpoint(args):
-    """The folder of a random checkpoint of this shape in bfloat16, written if it is not there: one shard per layer."""
-    layers, width, heads, kv, wide, vocab, window = SHAPES[args.shape]
+def random_checkpoint(args):
+    """The folder of a random checkpoint of args.shape in bfloat16, written if it is not there: one shard per layer."""
     folder = Path(args.scratch) / f"bench-{args.shape}"
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-                "vocab_size": vocab, "hidden_size": width, "intermediate_size": wide, "num_hidden_layers": layers,
-                "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": width // heads,
-                "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": window,
-                "torch_dtype": "bfloat16", "tie_word_embeddings": args.shape == "110m", "bos_token_id": 1,
-                "eos_token_id": 2}
+    fields = shape_fields(SHAPES[args.shape])
     with torch.device("meta"):
-        model = Llama(config_of(settings, None))
-    shards, block = {}, 0.02 * torch.randn(2 ** 22, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for name, weight in model.named_parameters():
-        shards.setdefault(name.split(".")[2] if ".layers." in name else "rest", []).append((name, weight.shape))
-    for shard, names in shards.items():
+        model = Llama(Config(**fields))
+    block = 0.02 * torch.randn(2 ** 22, generator=torch.Generator().manual_seed(0)).bfloat16()
+    files = {}  # tensor name -> file
+    for shard, weights in shards_of(model).items():
         say(f"\rwriting {folder}: {shard}", end="")
-        tensors = {name: random_weight(block, name, shape) for name, shape in names}
+        tensors = {name: random_weight(block, name, weight.shape) for name, weight in weights.items()}
         save_file(tensors, folder / f"model-{shard}.safetensors", metadata={"format": "pt"})
+        files.update(dict.fromkeys(weights, f"model-{shard}.safetensors"))
     say("")
-    places = {name: f"model-{shard}.safetensors" for shard, names in shards.items() for name, _ in names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    settings = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2, **fields}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     (folder / "config.json").write_text(json.dumps(settings, indent=2))  # last: a folder that has it is whole
     return folder
 
 
-def weight_bytes(folder):
-    """Bytes of the weight files of a checkpoint."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def shape_fields(shape):
+    """The fields of config.json that say a Shape."""
+    return {"vocab_size": shape.vocabulary, "hidden_size": shape.width, "intermediate_size": shape.mlp_width,
+            "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads, "head_dim": shape.width // shape.heads, "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0, "max_position_embeddings": shape.train_len, "tie_word_embeddings": shape.tied}
+
+
+def shards_of(model):
+    """{shard: {name: weight}}: a shard for each layer, called by its number, and one for the rest."""
+    shards = {}
+    for name, weight in model.named_parameters():
+        shard = name.split(".")[2] if ".layers." in name else "rest"
+        shards.setdefault(shard, {})[name] = weight
+    return shards
 
 
 def random_weight(block, name, shape):
     """A weight of the numbers in block, over and over from some place on (drawing billions would take minutes)."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=block.dtype)
-    count, start = math.prod(shape), zlib.crc32(name.encode()) % len(block)
-    return block.roll(start).repeat(-(-count // len(block)))[:count].view(shape)
+    count = math.prod(shape)
+    copies = math.ceil(count / len(block))
+    start = zlib.crc32(name.encode()) % len(block)
+    return block.roll(start).repeat(copies)[:count].view(shape)
 
 
-def transformers_model(folder, kind):
-    """The same weights in transformers; None where it is not installed."""
-    try:
-        import transformers
-    except ImportError:
-        say("transformers is not installed: its rows are left out (pip install transformers)")
-        return None
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation=kind)
-    return model.eval()
+# ---------------------------------------------------------------------------------------------------------------------
+# whole models
 
-
-def others(args, folder, ours):
-    """{name: transformers model} of the same weights, checked to give the same logits under rope."""
-    out = {}
-    ids = torch.randint(3, 1000, (1, 64), generator=torch.Generator().manual_seed(0))
-    want = ours(ids.to(args.device), ours.plan("rope", n=64)).float()
-    size = weight_bytes(folder)
-    for kind in ("sdpa", "eager"):
-        if args.device == "cpu" and 2.2 * size > available_memory():
-            say(f"transformers {kind}: not enough memory beside our {size / 2**30:.1f} GiB")
-            continue
-        model = transformers_model(folder, kind)
-        if model is not None:
-            out[f"transformers {kind}"] = model.to(args.device)
-            check(kind, model(ids.to(args.device)).logits, want, torch.bfloat16)
-    return out
+@dataclass
+class Engines:
+    """The same weights in our model, and in those of transformers for which there is room."""
+    ours: Llama
+    transformers: dict  # {name: model}
 
 
 @torch.no_grad()
 def whole_model(args, report):
     """Prefill and decoding of a whole model in tokens per second, beside transformers and the arithmetic floor."""
-    folder = checkpoint(args)
-    config = Config.from_hf(folder)
-    ours = load_model(folder, config, torch.bfloat16, args.device)
-    rivals = others(args, folder, ours)
-    weights = sum(p.numel() for name, p in ours.named_parameters() if p.ndim > 1 and "embed" not in name)
-    flops = report.ceilings["matmul bfloat16 TFLOP/s"] * 1e12
+    folder = random_checkpoint(args)
+    ours = load_model(folder, Config.from_hf(folder), torch.bfloat16, args.device)
+    engines = Engines(ours, transformers_models(args, folder, ours))
     for n in args.lengths:
-        ids = torch.randint(3, 1000, (1, n), generator=torch.Generator().manual_seed(n)).to(args.device)
-        plans = {spec: plan_maker(ours, n, *parse_method(spec)) for spec in args.methods}
-        calls = {name: lambda model=model, ids=ids: model(ids, use_cache=True, logits_to_keep=1)
-                 for name, model in rivals.items()
-                 if "eager" not in name or 48 * config.num_attention_heads * n * n < available_memory()}
-        calls |= {spec: lambda plan=plan, ids=ids: prefill(ours, ids, plan) for spec, plan in plans.items()}
-        times, memory = race(calls, args.rounds, args.device)
-        times, rows = {name: statistics.median(t) for name, t in times.items()}, []
-        for name, seconds in times.items():
-            plan = plans[name](torch.arange(n), torch.arange(n)) if name in plans else None
-            useful = int(seen(plan).sum()) if plan else n * (n + 1) // 2
-            work = 2 * weights * n + 4 * useful * config.num_hidden_layers * config.hidden_size
-            rows.append({"prefill": name, "tokens": n, "seconds": seconds, "tokens/s": n / seconds,
-                         "x transformers sdpa": times.get("transformers sdpa", math.nan) / seconds,
-                         "floor s": work / flops, "peak MiB": memory[name] / 2 ** 20})
-        report.add("prefill", f"prefill of {n} tokens, {args.shape}, bfloat16", rows)
-        decoding(args, report, ours, rivals, plans, ids, n)
+        ids = random_ids(n, args.device)
+        prefilling(args, report, engines, ids)
+        decoding(args, report, engines, ids)
 
 
-def decoding(args, report, ours, rivals, plans, ids, n, tokens=8):
-    """Tokens per second after a prompt of n tokens, in turns of `tokens` tokens."""
-    calls, rounds = {}, 3 * args.rounds
-    for name, model in rivals.items():
-        if "sdpa" in name:
-            cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-
-            def rival(model=model, cache=cache):
-                for _ in range(tokens):
-                    model(ids[:, :1], past_key_values=cache, use_cache=True)
-            calls[name] = rival
-    for spec, plan in plans.items():
-        logits, cache = prefill(ours, ids, plan, room=tokens * (rounds + 1))
-        calls[spec] = lambda plan=plan, logits=logits, cache=cache: list(
-            decode(ours, logits, cache, plan, lambda logits: logits.argmax(-1), tokens + 1))
-    times = {name: statistics.median(t) / tokens for name, t in race(calls, rounds, args.device)[0].items()}
-    c = ours.config
-    cached = 4 * n * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # bytes of k and v
-    read = 2 * sum(p.numel() for name, p in ours.named_parameters() if "embed" not in name or c.tie_word_embeddings)
-    report.add("decode model", f"decoding after {n} tokens, {args.shape}, bfloat16", [
-        {"decode": name, "context": n, "ms/token": t * 1e3, "tokens/s": 1 / t,
-         "x transformers sdpa": times.get("transformers sdpa", math.nan) / t,
-         "floor ms (weights and cache at copy speed)": (read + cached) / report.ceilings["copy GB/s"] / 1e6}
-        for name, t in times.items()])
+def random_ids(n, device):
+    """A prompt (1, n) of random tokens."""
+    return torch.randint(3, 1000, (1, n), generator=torch.Generator().manual_seed(n)).to(device)
 
 
-LOADING = """
-import sys, time
-import torch
-from bench import peak
-if sys.argv[1] == "ours":
-    from model import Config, load_model
-    make = lambda path: load_model(path, Config.from_hf(path))
-else:
-    import transformers
+def transformers_models(args, folder, ours):
+    """{name: transformers model} of the same weights, checked to give the same logits under rope."""
+    try:
+        import transformers
+    except ImportError:
+        say("transformers is not installed: its rows are left out (pip install transformers)")
+        return {}
+    transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    make = lambda path: transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-def load():
-    start = time.perf_counter()
-    model = make(sys.argv[2])
-    print(time.perf_counter() - start)
-    total = sum(float(p.detach().flatten()[::1024].float().sum()) for p in model.parameters())  # read every page
-    print(time.perf_counter() - start)
-print(peak(load, "cpu"))
-"""
+    ids = random_ids(64, args.device)
+    want = ours(ids, ours.plan("rope", n=64)).float()
+    size = weight_bytes(folder)
+    models = {}
+    for kind in ("sdpa", "eager"):
+        if args.device == "cpu" and 2.2 * size > available_memory():
+            say(f"transformers {kind}: not enough memory beside our {size / 2**30:.1f} GiB")
+            continue
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16,
+                                                                  attn_implementation=kind)
+        model = model.eval().to(args.device)
+        check(f"transformers {kind}", model(ids).logits, want, torch.bfloat16)
+        models[f"transformers {kind}"] = model
+    return models
+
+
+def times_transformers(measured, name):
+    """How many times as fast as transformers a candidate is; nan where transformers has not been timed."""
+    if TRANSFORMERS not in measured:
+        return math.nan
+    return measured[TRANSFORMERS].median / measured[name].median
+
+
+def prefilling(args, report, engines, ids):
+    """The table of reading a prompt ids (1, n)."""
+    n = ids.shape[1]
+    config = engines.ours.config
+    calls = {}
+    pairs = {}  # of a query and a key, in one layer
+    for name, model in engines.transformers.items():
+        matrices = 48 * config.num_attention_heads * n * n  # bytes of scores that eager attention holds at once
+        if "eager" not in name or matrices < available_memory():
+            calls[name] = partial(model, ids, use_cache=True, logits_to_keep=1)
+            pairs[name] = n * (n + 1) // 2
+    for method in args.methods:
+        calls[str(method)] = partial(prefill, engines.ours, ids, method)
+        pairs[str(method)] = int(visible_keys(method.plan(config, n)).sum())
+    measured = race(calls, args.rounds, args.device)
+    flops = report.ceilings["matmul bfloat16 TFLOP/s"] * 1e12
+    rows = []
+    for name, mine in measured.items():
+        rows.append({"prefill": name, "tokens": n, "seconds": mine.median, "tokens/s": n / mine.median,
+                     "x transformers sdpa": times_transformers(measured, name),
+                     "floor s": prefill_work(engines.ours, n, pairs[name]) / flops, "peak MiB": mine.peak / 2 ** 20})
+    report.add("prefill", f"prefill of {n} tokens, {args.shape}, bfloat16", rows)
+
+
+def prefill_work(model, n, pairs):
+    """Floating-point operations of a forward pass over n tokens: all matrix products, and the pairs of each layer."""
+    weights = 0
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1 and "embed" not in name:
+            weights += weight.numel()
+    return 2 * weights * n + 4 * pairs * model.config.num_hidden_layers * model.config.hidden_size
+
+
+def decoding(args, report, engines, ids, tokens=8):
+    """The table of decoding after a prompt ids (1, n), in turns of `tokens` tokens."""
+    n = ids.shape[1]
+    rounds = 3 * args.rounds
+    calls = {}
+    if TRANSFORMERS in engines.transformers:
+        calls[TRANSFORMERS] = transformers_decoding(engines.transformers[TRANSFORMERS], ids, tokens)
+    for method in args.methods:
+        calls[str(method)] = our_decoding(engines.ours, ids, method, tokens, room=tokens * (rounds + 1))
+    measured = race(calls, rounds, args.device)
+    floor = decoding_bytes(engines.ours, n) / (report.ceilings["copy GB/s"] * 1e9)
+    rows = []
+    for name, mine in measured.items():
+        seconds = mine.median / tokens
+        rows.append({"decode": name, "context": n, "ms/token": seconds * 1e3, "tokens/s": 1 / seconds,
+                     "x transformers sdpa": times_transformers(measured, name),
+                     "floor ms (weights and cache at copy speed)": floor * 1e3})
+    report.add("decode model", f"decoding after {n} tokens, {args.shape}, bfloat16", rows)
+
+
+def transformers_decoding(model, ids, tokens):
+    """A function that decodes so many more tokens after ids (1, n) each time it is called."""
+    cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    def call():
+        for _ in range(tokens):
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
+    return call
+
+
+def our_decoding(model, ids, method, tokens, room):
+    """As transformers_decoding, in our model; room: the tokens that all calls together decode."""
+    n = ids.shape[1]
+    logits, cache = prefill(model, ids, method, room=room)
+
+    def call():
+        for _ in decode(model, logits, cache, method, n, greedy, tokens + 1):  # the first token needs no forward pass
+            pass
+    return call
+
+
+def greedy(logits):
+    """The likeliest token (B,) of logits (B, vocab_size)."""
+    return logits.argmax(-1)
+
+
+def decoding_bytes(model, n):
+    """Bytes that a step after n tokens has to read: of weights and of cached keys and values, in bfloat16."""
+    c = model.config
+    weights = 0
+    for name, weight in model.named_parameters():
+        if "embed" not in name or c.tie_word_embeddings:
+            weights += weight.numel()
+    cached = 2 * n * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    return 2 * (weights + cached)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loading
+
+LOADING = "import sys, bench; bench.load_alone(sys.argv[1], sys.argv[2])"  # in a process of its own
+
+
+@dataclass
+class Loading:
+    """What load_alone prints."""
+    load: float  # seconds
+    read: float  # seconds until every page has been read
+    peak: float  # bytes
 
 
 def loading(args, report):
     """Loading a sharded checkpoint in a process of its own, and reading every page of it; peak memory / weights."""
-    folder = checkpoint(args)
+    folder = random_checkpoint(args)
     size = weight_bytes(folder)
-    engines = ["ours"] + ["transformers"] * ("transformers" in report.common)
+    engines = ["ours"]
+    if "transformers" in report.machine:
+        engines.append("transformers")
     found = {engine: [] for engine in engines}
     for turn in range(args.rounds + 1):
         for engine in engines:
-            out = subprocess.run([sys.executable, "-c", LOADING, engine, str(folder)], capture_output=True, text=True,
-                                 cwd=Path(__file__).parent)
-            if out.returncode:
-                raise ValueError(f"loading with {engine} failed: {out.stderr.strip().splitlines()[-1]}")
-            if turn:  # the first one warms the file cache
-                found[engine].append([float(x) for x in out.stdout.split()])
+            loaded = run_load_alone(engine, folder)
+            if turn > 0:  # the first one warms the file cache
+                found[engine].append(loaded)
+    rows = []
+    for engine, runs in found.items():
+        rows.append({"engine": engine, "load s": statistics.median(run.load for run in runs),
+                     "load and read s": statistics.median(run.read for run in runs),
+                     "peak / weights": statistics.median(run.peak for run in runs) / size})
     shards = len(list(folder.glob("*.safetensors")))
-    report.add("load", f"loading {args.shape}, {shards} shards, {size / 2**30:.2f} GiB",
-               [{"engine": engine, "load s": statistics.median(x[0] for x in rows),
-                 "load and read s": statistics.median(x[1] for x in rows),
-                 "peak / weights": statistics.median(x[2] for x in rows) / size}
-                for engine, rows in found.items()])
+    report.add("load", f"loading {args.shape}, {shards} shards, {size / 2**30:.2f} GiB", rows)
 
 
-def kernel(args, report):
-    """The Triton kernels against PyTorch's attention, on a CUDA device: attention and decoding in bfloat16."""
-    if args.device != "cuda":
-        raise ValueError("kernel: the compiled kernels need a CUDA device")
-    args.impl, args.dtype = "triton", "bfloat16"
-    attention(args, report)
-    decode_attention(args, report)
+def run_load_alone(engine, folder):
+    """The Loading of load_alone in a process of its own. ValueError where that fails."""
+    done = subprocess.run([sys.executable, "-c", LOADING, engine, folder.resolve()], capture_output=True, text=True,
+                          cwd=Path(__file__).parent)
+    if done.returncode:
+        raise ValueError(f"loading with {engine} failed: {done.stderr.strip().splitlines()[-1]}")
+    return Loading(*[float(x) for x in done.stdout.split()])
+
+
+def load_alone(engine, path):
+    """Load a checkpoint with "ours" or "transformers"; print the numbers of a Loading."""
+    if engine == "ours":
+        def make():
+            return load_model(path, Config.from_hf(path))
+    else:
+        import transformers
+        transformers.utils.logging.disable_progress_bar()
+        make = partial(transformers.AutoModelForCausalLM.from_pretrained, path, dtype=torch.bfloat16)
+
+    def load_and_read():
+        start = time.perf_counter()
+        model = make()
+        print(time.perf_counter() - start)
+        for weight in model.parameters():
+            weight.detach().flatten()[::1024].float().sum().item()  # a number of every page
+        print(time.perf_counter() - start)
+    print(peak(load_and_read, "cpu"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the command line
 
-def plot(path, results):
-    """Time and memory by length, a line per method, from the attention rows of a results file. Needs matplotlib."""
-    Figure = figure_class()
-    rows = [json.loads(line) for line in Path(results).read_text(encoding="utf-8").splitlines()]
-    rows = {(row["method"], row["tokens"]): row for row in rows if row["section"] == "attention"}  # the latest of each
-    figure = Figure(figsize=(13, 4.5), dpi=110, layout="constrained")
-    for axes, field in zip(figure.subplots(1, 2), ("us/token", "peak MiB")):
-        for k, name in enumerate(dict.fromkeys(method for method, _ in rows)):
-            mine = sorted((T, row[field]) for (method, T), row in rows.items() if method == name)
-            axes.plot(*zip(*mine), "o-" if k < 10 else "s--", color=f"C{k % 10}", label=name)
-        lengths = sorted({T for _, T in rows})
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=field.replace("us", "\u00b5s"), xticks=lengths,
-                 xticklabels=lengths)
-        axes.minorticks_off()
-    figure.legend(*axes.get_legend_handles_labels(), fontsize=7, loc="outside right center")
-    figure.savefig(path)
+def kernel(args, report):
+    """The Triton kernels against PyTorch's attention, on a CUDA device: attention and decoding in bfloat16."""
+    args = copy.copy(args)
+    args.impl = "triton"
+    args.dtype = "bfloat16"
+    attention(args, report)
+    decode_attention(args, report)
 
 
 SECTIONS = {"attention": attention, "decode": decode_attention, "model": whole_model, "load": loading, "kernel": kernel}
+# what a section measures where the flags do not say
 LENGTHS = {"attention": [2048, 8192, 16384], "decode": [4096, 16384], "model": [512, 4096, 8192], "load": [],
            "kernel": [4096, 16384, 65536]}
+METHODS = {"attention": LAYER_METHODS, "decode": LAYER_METHODS, "model": MODEL_METHODS, "load": [],
+           "kernel": LAYER_METHODS}
+
+
+def lengths(text):
+    """An argparse type: "4096,16384" -> [4096, 16384]."""
+    return [number(int, 16)(part) for part in text.split(",")]
 
 
 def parse_args(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("section", choices=[*SECTIONS, "all"])
-    p.add_argument("--methods", type=method_list, help="comma-separated, each name[:parameter=value...]")
-    p.add_argument("--lengths", type=lambda text: [number(int, 16)(part) for part in text.split(",")])
-    p.add_argument("--heads", type=number(int, 1), default=8)
-    p.add_argument("--kv-heads", type=number(int, 1), help="default: as many as --heads")
-    p.add_argument("--width", type=number(int, 16, 256), default=64, help="of a head")
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of attention and decode")
-    p.add_argument("--shape", choices=SHAPES, default="110m", help="of model and load")
-    p.add_argument("--scratch", default=tempfile.gettempdir(), metavar="DIR",
-                   help="where random checkpoints are written, and stay")
-    p.add_argument("--rounds", type=number(int, 1), default=5)
-    p.add_argument("--threads", type=number(int, 1), default=os.cpu_count())
-    p.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
-    p.add_argument("--impl", choices=["auto", "tiled", "triton"], default="auto")
-    p.add_argument("--results", default="bench.jsonl", metavar="FILE")
-    p.add_argument("--plot", metavar="FILE", help="time and memory by length as a picture (needs matplotlib)")
-    args = p.parse_args(argv)
+    parser, flag = plain_parser(__doc__)
+    parser.usage = "%(prog)s SECTION [flags]; --help lists them"
+    parser.add_argument("section", choices=[*SECTIONS, "all"])
+    flag("methods", type=method_list, help="comma-separated, each name[:parameter=value...]")
+    flag("lengths", type=lengths, help="in tokens, comma-separated")
+    flag("heads", type=number(int, 1), default=8)
+    flag("kv-heads", type=number(int, 1), help="default: as many as --heads")
+    flag("width", type=number(int, 16, 256), default=64, help="of a head")
+    flag("dtype", choices=DTYPES, default="float32", help="of attention and decode")
+    flag("shape", choices=SHAPES, default="110m", help="of model and load")
+    flag("scratch", default=tempfile.gettempdir(), metavar="DIR", help="where random checkpoints are written, and stay")
+    flag("rounds", type=number(int, 1), default=5)
+    flag("threads", type=number(int, 1), default=os.cpu_count())
+    flag("device", choices=["auto", "cuda", "cpu"], default="auto")
+    flag("impl", choices=["auto", "tiled", "triton"], default="auto", help="how attention is computed")
+    flag("results", default="bench.jsonl", metavar="FILE")
+    flag("plot", metavar="FILE", help="time and memory by length as a picture (needs matplotlib)")
+    args = parser.parse_args(argv)
     args.kv_heads = args.kv_heads or args.heads
     if args.heads % args.kv_heads or args.width % 2:
-        p.error("--kv-heads must divide --heads, and --width be even")
+        parser.error("--kv-heads must divide --heads, and --width be even")
     return args
+
+
+def sections_of(args):
+    """The names of the sections to run. ValueError for the kernels without a CUDA device."""
+    if args.section == "kernel" and args.device != "cuda":
+        raise ValueError("kernel: the compiled kernels need a CUDA device")
+    if args.section != "all":
+        return [args.section]
+    return [section for section in SECTIONS if section != "kernel" or args.device == "cuda"]
+
+
+def settings_of(args, section):
+    """A copy of args with the lengths and the Methods of a section, where the flags name none."""
+    settings = copy.copy(args)
+    settings.lengths = args.lengths or LENGTHS[section]
+    texts = dict.fromkeys(args.methods or METHODS[section])  # each of them once
+    settings.methods = [Method.parse(text) for text in texts]
+    return settings
+
+
+def latest_attention(path):
+    """The rows of the section attention in a results file, the latest of each method and length."""
+    latest = {}
+    for row in read_rows(path):
+        if row["section"] == "attention":
+            latest[row["method"], row["tokens"]] = row
+    return list(latest.values())
 
 
 def run(argv=None):
     """The command: its exit code."""
     args = parse_args(argv)
-    args.device = pick_device("cpu" if args.device == "auto" and not torch.cuda.is_available() else args.device)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = pick_device(args.device)
+    sections = sections_of(args)
     if args.plot:
-        figure_class()
-    for spec in args.methods or ():
-        plan_of(args, spec, torch.arange(8), 8)  # names, before anything long
+        figure_class()  # is matplotlib here? before anything long
+    for text in args.methods or []:  # names, before anything long
+        layer_plan(args, Method.parse(text), torch.arange(8), 8)
     torch.set_num_threads(args.threads)
-    sections = [args.section] if args.section != "all" else [s for s in SECTIONS if s != "kernel" or
-                                                             args.device == "cuda"]
-    report, lengths, methods = Report(args, args.results), args.lengths, args.methods
+    report = Report(args, sys.argv[1:] if argv is None else argv)
     for section in sections:
-        whole = section in ("model", "load")
-        args.lengths, args.methods = lengths or LENGTHS[section], methods or (("rope", "mesa") if whole else METHODS)
-        SECTIONS[section](args, report)
+        SECTIONS[section](settings_of(args, section), report)
     if args.plot:
-        plot(args.plot, args.results)
+        plot_bench(latest_attention(Path(args.results)), args.plot)
     return 0
 
 

@@ -11,119 +11,152 @@ Sliding window (arXiv 2306.15595, section 3.2): windows of `window` tokens, BOS 
 one scores only the tokens that no earlier one has scored, so all but the first see window - stride tokens or more.
 """
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from eval_passkey import Results, fingerprint, parse_method, select, short_hash
-from generate import (asked_methods, method_list, new_parser, number, opened, placed, plan_maker, read_text, say,
-                      warnings)
-from model import KVCache, load_model
-from positions import figure_class, run_command
+from cache import KVCache
+from cli import (Results, fingerprint, markdown, method_list, methods_asked, new_parser, number, open_checkpoint, place,
+                 read_text, run_command, say, select, settings_line, short_hash, type_name)
+from model import load_model
+from show import figure_class, plot_losses, warnings
 
+DEFAULT_METHODS = ("rerope", "self-extend", "mesa")  # after what config.json says
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loss of a prompt
 
 @torch.no_grad()
-def losses(model, ids, how, chunk=512, impl="auto"):
-    """-log p (len(ids) - 1,) in nats of every token but the first, given all before it; prompt length n = len(ids)."""
-    n, device = len(ids), next(model.parameters()).device
-    plan, cache, tokens = plan_maker(model, n, *how), KVCache(model.config, n), torch.tensor([ids])
-    out = []
-    for begin in range(0, n - 1, chunk):
-        stop = min(begin + chunk, n - 1)
-        step = plan(torch.arange(begin, stop), torch.arange(stop))
-        logits = model(tokens[:, begin:stop].to(device), step, cache, impl=impl)[0].float()
-        out.append(F.cross_entropy(logits, tokens[0, begin + 1:stop + 1].to(device), reduction="none").cpu())
-    return torch.cat(out)
+def losses(model, ids, method, chunk=512, impl="auto"):
+    """-log p in nats of every token of ids but the first, given all before it: (len(ids) - 1,), on the CPU.
 
-
-def windows(count, window, stride):
-    """(begin, end, first token to score) of sliding windows over `count` tokens.
-
-    10 tokens, window 6, stride 2: (0, 6, 0) (2, 8, 6) (4, 10, 8).
+    The prompt length is n = len(ids); so many tokens at a time as chunk says.
     """
-    out, scored = [], 0
-    for begin in range(0, count, stride):
-        end = min(begin + window, count)
-        out.append((begin, end, scored))
-        scored = end
-        if end == count:
-            return out
+    n = len(ids)
+    device = next(model.parameters()).device
+    tokens = torch.tensor([ids])
+    cache = KVCache(model.config, n)
+    parts = []
+    for begin in range(0, n - 1, chunk):
+        end = min(begin + chunk, n - 1)
+        plan = model.plan(method, n=n, i=torch.arange(begin, end), j=torch.arange(end))
+        logits = model(tokens[:, begin:end].to(device), plan, cache, impl=impl)[0].float()  # (end - begin, vocab)
+        following = tokens[0, begin + 1:end + 1].to(device)
+        parts.append(F.cross_entropy(logits, following, reduction="none").cpu())
+    return torch.cat(parts)
 
 
-def head(tokenizer):
-    """BOS, where the model has one."""
-    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-
-
-def by_position(args, model, tokenizer, ids, spec, results):
-    """Rows of the mean loss in every stretch of every document."""
-    for document in range(args.documents):
-        if any((spec, document, k) not in results.rows for k in range(args.buckets)):
-            begin = document * (args.length - 1)
-            piece = head(tokenizer) + ids[begin:begin + args.length - 1]
-            nll = losses(model, piece, parse_method(spec), impl=args.impl)
-            parts = nll.tensor_split(args.buckets)
-            results.add([{"method": spec, "document": document, "bucket": k, "nll": round(float(part.mean()), 6),
-                          "tokens": len(part)} for k, part in enumerate(parts)])
-            say(f"{spec}: document {document + 1} of {args.documents}, {float(nll.mean()):.3f} nats per token")
-
-
-def sliding(args, model, tokenizer, ids, spec, results):
-    """Rows of the summed loss of every window's newly scored tokens."""
-    spans = windows(len(ids), args.window - len(head(tokenizer)), args.stride)
-    for index, (begin, end, first) in enumerate(spans):
-        if (spec, index) not in results.rows:
-            nll = losses(model, head(tokenizer) + ids[begin:end], parse_method(spec), impl=args.impl)
-            nll = nll[-(end - first):]  # without a BOS nothing predicts the first token, and it is not scored
-            results.add([{"method": spec, "span": index, "nll": round(float(nll.mean()), 6), "tokens": len(nll)}])
-            say(f"\r{spec}: window {index + 1} of {len(spans)}", end="\n" if end == len(ids) else "")
+def bos(tokenizer):
+    """The BOS token as a list of token ids, empty where the model has none."""
+    return tokenizer.encode("")
 
 
 def mean(rows):
-    """(mean per token, mean of the rows' means) of the loss."""
-    tokens = sum(row["tokens"] for row in rows)
-    return sum(row["nll"] * row["tokens"] for row in rows) / tokens, sum(row["nll"] for row in rows) / len(rows)
+    """The mean loss per token."""
+    return sum(row["nll"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
 
 
-def table_by_position(args, rows, L):
-    """Markdown: methods x stretches, mean nats per token."""
+def mean_of_means(rows):
+    """The mean of the rows' means."""
+    return sum(row["nll"] for row in rows) / len(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loss by position
+
+def run_documents(args, model, tokenizer, ids, method, results):
+    """Rows of the mean loss in every stretch of every document that results does not hold yet."""
+    for document in range(args.documents):
+        keys = [(str(method), document, bucket) for bucket in range(args.buckets)]
+        if all(key in results.rows for key in keys):
+            continue
+        begin = document * (args.length - 1)
+        nll = losses(model, bos(tokenizer) + ids[begin:begin + args.length - 1], method, impl=args.impl)
+        rows = []
+        for bucket, part in enumerate(nll.tensor_split(args.buckets)):
+            rows.append({"method": str(method), "document": document, "bucket": bucket,
+                         "nll": round(float(part.mean()), 6), "tokens": len(part)})
+        results.add(rows)
+        say(f"{method}: document {document + 1} of {args.documents}, {float(nll.mean()):.3f} nats per token")
+
+
+def report_documents(args, rows, L):
+    """A table of methods x stretches in nats per token, on stdout; a picture where it is asked for."""
+    rows = [row for row in rows if row["document"] < args.documents]
+    curves = {}
+    for method in map(str, args.methods):
+        curves[method] = [mean(select(rows, method=method, bucket=bucket)) for bucket in range(args.buckets)]
+
     edges = [round(k * args.length / args.buckets) for k in range(args.buckets + 1)]
-    head_line = "| method | " + " | ".join(f"{a}-{b}" for a, b in zip(edges, edges[1:])) + " |"
-    found = {m: [mean(select(rows, method=m, bucket=k))[0] for k in range(args.buckets)] for m in args.methods}
-    lines = [f"| {m} | " + " | ".join(f"{x:.3f}" for x in found[m]) + " |" for m in args.methods]
-    note = f"nats per token by position; {args.documents} documents of {args.length} tokens, one pass each, window {L}"
-    return "\n".join([note, head_line, "|---" * (args.buckets + 1) + "|", *lines])
+    header = ["method"] + [f"{begin}-{end}" for begin, end in zip(edges, edges[1:])]
+    lines = [[method] + [f"{loss:.3f}" for loss in curve] for method, curve in curves.items()]
+    print(f"nats per token by position; {args.documents} documents of {args.length} tokens, one pass each, window {L}")
+    print(markdown(header, lines))
+    if args.plot:
+        middles = [(bucket + 0.5) * args.length / args.buckets for bucket in range(args.buckets)]
+        plot_losses(curves, middles, L, args.plot)
 
 
-def table_sliding(args, rows):
-    """Markdown: perplexity of each method by both averages."""
-    lines = [f"perplexity; sliding window of {args.window} tokens, stride {args.stride}, BOS in every window, "
-             "only unscored tokens", "| method | per token | mean of windows |", "|---|---|---|"]
-    for m in args.methods:
-        token, window = mean(select(rows, method=m))
-        lines.append(f"| {m} | {math.exp(token):.3f} | {math.exp(window):.3f} |")
-    return "\n".join(lines)
+# ---------------------------------------------------------------------------------------------------------------------
+# perplexity by sliding window
+
+@dataclass
+class Window:
+    """The tokens begin..end-1 of a text, of which those from first_scored on are scored."""
+    begin: int
+    end: int
+    first_scored: int
 
 
-def plot(args, rows, L):
-    """Loss by position as a picture, dashed at the window. Needs matplotlib."""
-    Figure = figure_class()
-    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    middle = [(k + 0.5) * args.length / args.buckets for k in range(args.buckets)]
-    for m in args.methods:
-        axes.plot(middle, [mean(select(rows, method=m, bucket=k))[0] for k in range(args.buckets)], marker=".", label=m)
-    axes.axvline(L, color="black", linestyle="--", linewidth=1)
-    axes.set(xlabel="position in tokens", ylabel="nats per token")
-    axes.legend(fontsize=7, ncols=2)
-    figure.savefig(args.plot)
+def sliding_windows(count, window, stride):
+    """The Windows over `count` tokens, of `window` tokens each but the last, one every `stride` tokens.
 
+    10 tokens, window 6, stride 2: 0..5 scored from 0 on, 2..7 from 6 on, 4..9 from 8 on.
+    """
+    windows = []
+    scored = 0
+    for begin in range(0, count, stride):
+        end = min(begin + window, count)
+        windows.append(Window(begin, end, scored))
+        scored = end
+        if end == count:
+            break
+    return windows
+
+
+def run_windows(args, model, tokenizer, ids, method, results):
+    """Rows of the mean loss of every window's newly scored tokens that results does not hold yet."""
+    windows = sliding_windows(len(ids), args.window - len(bos(tokenizer)), args.stride)
+    for index, window in enumerate(windows):
+        if (str(method), index) in results.rows:
+            continue
+        nll = losses(model, bos(tokenizer) + ids[window.begin:window.end], method, impl=args.impl)
+        nll = nll[-(window.end - window.first_scored):]  # without a BOS the first token of all has no loss
+        results.add([{"method": str(method), "span": index, "nll": round(float(nll.mean()), 6), "tokens": len(nll)}])
+        say(f"\r{method}: window {index + 1} of {len(windows)}", end="\n" if window.end == len(ids) else "")
+
+
+def report_windows(args, rows):
+    """A table of each method's perplexity by both averages, on stdout."""
+    lines = []
+    for method in map(str, args.methods):
+        found = select(rows, method=method)
+        lines.append([method, f"{math.exp(mean(found)):.3f}", f"{math.exp(mean_of_means(found)):.3f}"])
+    print(f"perplexity; sliding window of {args.window} tokens, stride {args.stride}, BOS in every window, "
+          "only unscored tokens")
+    print(markdown(["method", "per token", "mean of windows"], lines))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
 
 def parse_args(argv):
     parser, flag = new_parser(__doc__)
     parser.add_argument("text", metavar="FILE", help="a UTF-8 text")
-    flag("methods", type=method_list, help="comma-separated, as in eval_passkey.py")
+    flag("methods", "method", type=method_list, metavar="M,M,...", help="comma-separated, as in eval_passkey.py")
     flag("length", type=number(int, 2), help="loss by position: tokens per document; default: 8 times the window")
     flag("documents", type=number(int, 1), default=1, help="consecutive parts of the text, of --length tokens each")
     flag("buckets", type=number(int, 1), default=8, help="stretches that a document is divided into")
@@ -133,9 +166,10 @@ def parse_args(argv):
     flag("results", default="perplexity.jsonl", metavar="FILE")
     flag("plot", metavar="FILE", help="loss by position as a picture (needs matplotlib)")
     args = parser.parse_args(argv)
-    args.stride = args.stride or min(256, (args.window or 512) // 2)
     if args.window and (args.length or args.plot):
         parser.error("--window is another protocol than --length and --plot")
+    if args.window and args.stride is None:
+        args.stride = min(256, args.window // 2)
     return args
 
 
@@ -145,42 +179,62 @@ def check(args, config, tokenizer, ids):
         figure_class()
     if len(ids) < 2:
         raise ValueError(f"{args.text}: too short a text")
-    if args.window and args.stride > args.window - len(head(tokenizer)):
+    if args.window:
+        check_windows(args, tokenizer)
+    else:
+        check_documents(args, ids)
+    for method in args.methods:
+        for warning in warnings(config, method, args.window or args.length):
+            say(f"warning: {warning}")
+
+
+def check_windows(args, tokenizer):
+    if args.stride > args.window - len(bos(tokenizer)):
         raise ValueError(f"--stride {args.stride} leaves gaps between windows of {args.window} tokens, BOS included")
+
+
+def check_documents(args, ids):
     if args.buckets >= args.length:
         raise ValueError(f"--buckets {args.buckets} must be fewer than the {args.length} tokens of a document")
-    if not args.window and len(ids) < args.documents * (args.length - 1):
+    if len(ids) < args.documents * (args.length - 1):
         raise ValueError(f"{args.text}: {len(ids)} tokens, not --documents {args.documents} of --length {args.length}")
-    for spec in args.methods:
-        for warning in warnings(config, args.window or args.length, *parse_method(spec)):
-            say(f"warning: {warning}")
+
+
+def protocol_asked(args, text_tokens):
+    """(the settings of the protocol asked for, the fields that tell its rows apart)."""
+    if args.window:
+        return {"window": args.window, "stride": args.stride, "text_tokens": text_tokens}, ("method", "span")
+    return {"length": args.length, "buckets": args.buckets}, ("method", "document", "bucket")
 
 
 def run(argv=None):
     """The command: its exit code."""
     args = parse_args(argv)
-    path, config, tokenizer = opened(args)
-    L, text = config.train_len, read_text(args.text)
+    path, config, tokenizer = open_checkpoint(args)
+    L = config.train_len
+    text = read_text(args.text)
     ids = tokenizer.encode(text, bos=False)[:args.tokens]
     args.length = args.length or 8 * L
-    args.methods = asked_methods(config, args.methods, (config.freq, "rerope", "self-extend", "mesa"))
+    args.methods = methods_asked(config, args.methods, (config.freq, *DEFAULT_METHODS))
     check(args, config, tokenizer, ids)
-    device, dtype = placed(args, config)
-    protocol = {"window": args.window, "stride": args.stride, "text_tokens": len(ids)} if args.window else {
-        "length": args.length, "buckets": args.buckets}
+    device, dtype = place(args, config)
+
+    protocol, key_fields = protocol_asked(args, len(ids))
     settings = {"ckpt": args.ckpt, "weights": fingerprint(path), "text": Path(args.text).name,
                 "text_hash": short_hash(text.encode()), **protocol,
-                "train_len": L, "dtype": str(dtype).removeprefix("torch."), "impl": args.impl}
-    say(" ".join(f"{name}={value}" for name, value in {**settings, "methods": ",".join(args.methods),
-                                                         "device": device}.items()))
-    place = ("method", "span") if args.window else ("method", "document", "bucket")
-    results, model = Results(args.results, settings, place), load_model(path, config, dtype, device)
-    for spec in args.methods:
-        (sliding if args.window else by_position)(args, model, tokenizer, ids, spec, results)
-    rows = [row for row in results.rows.values() if args.window or row["document"] < args.documents]
-    print(table_sliding(args, rows) if args.window else table_by_position(args, rows, L))
-    if args.plot:
-        plot(args, rows, L)
+                "train_len": L, "dtype": type_name(dtype), "impl": args.impl}
+    say(settings_line({**settings, "methods": args.methods, "device": device}))
+    results = Results(args.results, settings, key_fields)
+    model = load_model(path, config, dtype, device)
+    for method in args.methods:
+        if args.window:
+            run_windows(args, model, tokenizer, ids, method, results)
+        else:
+            run_documents(args, model, tokenizer, ids, method, results)
+    if args.window:
+        report_windows(args, results.rows.values())
+    else:
+        report_documents(args, results.rows.values(), L)
     return 0
 
 

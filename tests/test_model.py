@@ -1,277 +1,342 @@
-"""The whole model against transformers on real and random checkpoints, the cache, and folders that are wrong."""
+"""The network, its cache and its plans: against transformers, against a LLaMA written down in float64, and in pieces.
+
+What transformers computes is recorded in golden.json by make_golden.py, and computed anew where it is installed. The
+recorded checkpoints are random: the weight of a tensor is a formula of its name.
+"""
 import json
-import subprocess
-import sys
-from pathlib import Path
+import math
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from make_golden import (GOLDEN, GREEDY, HF_CONFIGS, KEPT, KEPT_OF_STORY, LLAMA3, LONGROPE, PROMPT, SIZES, STORY,
+                         TOKENS, YARN, hf_model, weight)
+from oracle import oracle
 
-from model import Config, KVCache, Llama, by_rows, load, load_model, load_tokenizer
-from positions import METHODS
+from cache import KVCache
+from frequencies import FREQUENCIES
+from geometry import METHODS
+from model import Config, Llama, by_rows, load, load_model
+from plan import Plan, Region
+from positions import Method, make_plan
 
-METHODS = [name for name in METHODS if name != "longrope"]  # its factors come from a config, see test_strategies.py
-
-SHIPPED = Path(__file__).parents[1] / "checkpoints/tiny"
-TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=32)
+GOLDEN = json.loads(GOLDEN.read_text(encoding="utf-8"))
+SHAPES = ["rope", "yarn", "alibi", "rerope", "self-extend", "dca", "streaming-llm", "lampe", "mesa"]  # one of each kind
 
 
-def random_model(seed=0, **changes):
-    """An untrained Llama of ours whose weights are large enough that attention matters."""
-    torch.manual_seed(seed)
-    model = Llama(Config(**{**TINY, "train_len": 32, **changes})).eval().requires_grad_(False)
-    for p in model.parameters():
-        if p.ndim > 1:
-            p.normal_(0, 0.3)
+def random_model(**changes):
+    """A Llama of SIZES, its weights a formula of their names; large enough that attention matters."""
+    return with_weights(Config(**{**SIZES, "train_len": 32, **changes}))
+
+
+def with_weights(config):
+    model = Llama(config).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.copy_(weight(name, p.shape))
     return model
 
 
-def write_checkpoint(path, **changes):
-    """A folder as transformers would write it, of random_model(); returns its tensors."""
-    model = random_model()
-    tensors = {name: p.clone() for name, p in model.named_parameters()}
-    fields = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-6, **TINY, **changes}
-    (path / "config.json").write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
-    save_file(tensors, path / "model.safetensors")
-    return tensors
+def read_config(folder, train_len=None, **fields):
+    """The Config that is read from a config.json of these fields."""
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES, **fields}), encoding="utf-8")
+    return Config.from_hf(folder, train_len)
 
 
-def load_folder(path, **options):
-    """load() without the tokenizer."""
-    return load_model(path, Config.from_hf(path), **options)
+def error(got, want):
+    """The largest difference as a part of the largest value."""
+    return float((got - want).abs().max() / want.abs().max())
 
 
-def logits_in_pieces(model, ids, method, ranges, n):
-    """Logits of all tokens, the prompt of n and what follows read in the given pieces through a KVCache."""
-    cache, out = KVCache(model.config, size=16), []
-    for a, b in ranges:
-        plan = model.plan(method, n=n, i=torch.arange(a, b), j=torch.arange(b))
-        out.append(model(ids[:, a:b], plan, cache))
-    return torch.cat(out, 1)
+def reference(model, tokens, attention):
+    """Logits of a LLaMA (no biases, no tied head) as its paper has it, in float64; attention(layer, q, k, v)."""
+    c, w = model.config, {name: p.double() for name, p in model.named_parameters()}
+
+    def norm(x, name):
+        return x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * w[name]
+
+    def heads(x, name):
+        return (x @ w[name].T).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
+
+    x = w["model.embed_tokens.weight"][tokens]
+    for layer in range(c.num_hidden_layers):
+        at = f"model.layers.{layer}."
+        h = norm(x, at + "input_layernorm.weight")
+        q, k, v = (heads(h, f"{at}self_attn.{name}_proj.weight") for name in "qkv")
+        out = attention(layer, q, k, v).transpose(1, 2).flatten(2)
+        x = x + out @ w[at + "self_attn.o_proj.weight"].T
+        h = norm(x, at + "post_attention_layernorm.weight")
+        gate = torch.nn.functional.silu(h @ w[at + "mlp.gate_proj.weight"].T)
+        x = x + (gate * (h @ w[at + "mlp.up_proj.weight"].T)) @ w[at + "mlp.down_proj.weight"].T
+    return norm(x, "model.norm.weight") @ w["lm_head.weight"].T
+
+
+def by_oracle(*plans):
+    """attention(layer, q, k, v) of one plan for all layers, or of one each."""
+    def attention(layer, q, k, v):
+        return oracle(q, k, v, plans[layer % len(plans)])
+    return attention
+
+
+def in_pieces(model, tokens, ranges, plan):
+    """Logits of all tokens, read in pieces through a cache by the plans (or lists of plans) of plan(first, last)."""
+    cache = KVCache(model.config, size=16)
+    return torch.cat([model(tokens[:, a:b], plan(a, b), cache) for a, b in ranges], 1)
+
+
+def plan_maker(model, method, n, **params):
+    """plan(first, last) of a method for queries first..last-1 of a prompt of n tokens and what follows it."""
+    if method == "longrope":
+        factors = [2.0 + p for p in range(model.config.head_dim // 2)]
+        params = {**params, "short_factor": factors, "long_factor": factors, "factor": 4.0}
+
+    def plan(first, last):
+        return model.plan(method, n=n, i=torch.arange(first, last), j=torch.arange(last), **params)
+    return plan
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# real checkpoints against transformers
+# what transformers computes
 
-def theirs(path):
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+def older_spelling(config, type_key):
+    """A config with rope_theta beside rope_scaling, as older files have it, for rope_parameters."""
+    rope = dict(config["rope_parameters"])
+    kind = rope.pop("rope_type")
+    older = {name: value for name, value in config.items() if name != "rope_parameters"}
+    older["rope_theta"] = rope.pop("rope_theta")
+    older["rope_scaling"] = None if kind == "default" else {type_key: kind, **rope}
+    return older
+
+
+@pytest.mark.parametrize("name", HF_CONFIGS)
+def test_random_checkpoints(name, tmp_path):
+    """Their config.json as transformers wrote it, and as older files are spelled: the logits it recorded."""
+    config = GOLDEN[name]["config"]
+    for spelled in (config, older_spelling(config, "rope_type"), older_spelling(config, "type")):
+        (tmp_path / "config.json").write_text(json.dumps(spelled), encoding="utf-8")
+        model = with_weights(Config.from_hf(tmp_path))
+        logits = model(TOKENS, model.plan(n=50))[0]
+        assert error(logits[KEPT[0]][:, KEPT[1]], torch.tensor(GOLDEN[name]["logits"])) < 1e-5
+
+
+@pytest.mark.parametrize("name", HF_CONFIGS)
+def test_random_checkpoints_of_the_transformers_installed(name, tmp_path):
+    """Written by it, read by us: all logits of two rows; and what is recorded is what it computes."""
+    pytest.importorskip("transformers")
+    theirs = hf_model(HF_CONFIGS[name])
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tmp_path, Config.from_hf(tmp_path))
+    tokens = torch.cat([TOKENS, TOKENS.flip(1)])
+    want = theirs(tokens).logits
+    assert error(ours(tokens, ours.plan(n=50)), want) < 1e-5
+    assert error(want[0][KEPT[0]][:, KEPT[1]], torch.tensor(GOLDEN[name]["logits"])) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load("tiny")
 
 
 def greedy(model, ids, count):
     """The obvious loop: prefill, then one token at a time."""
-    cache, n, out = KVCache(model.config), len(ids), []
+    cache, n = KVCache(model.config), len(ids)
     tokens = torch.tensor([ids])
+    story = []
     for _ in range(count):
-        past = len(cache)
-        i, j = torch.arange(past, past + tokens.shape[1]), torch.arange(past + tokens.shape[1])
-        logits = model(tokens, model.plan(n=n, i=i, j=j), cache, last_only=True)
+        first, last = len(cache), len(cache) + tokens.shape[1]
+        logits = model(tokens, plan_maker(model, None, n)(first, last), cache, last_only=True)
         tokens = logits[:, -1].argmax(-1, keepdim=True)
-        out.append(int(tokens))
-    return out
+        story.append(int(tokens))
+    return story
+
+
+@torch.inference_mode()
+def test_the_shipped_model_is_what_transformers_makes_of_it(tiny):
+    """Inside its window of 256 tokens and beyond, where plain RoPE has to be the same wrong answer."""
+    model, tokenizer = tiny
+    ids = tokenizer.encode(STORY)[:400]
+    logits = model(torch.tensor([ids]), model.plan(n=400))[0]
+    assert error(logits[KEPT_OF_STORY], torch.tensor(GOLDEN["checkpoints/tiny"]["logits"])) < 1e-5
+    story = greedy(model, tokenizer.encode(PROMPT), GREEDY)
+    assert story == GOLDEN["checkpoints/tiny"]["greedy"]
+    assert tokenizer.decode(story).startswith("41827.")
 
 
 @pytest.mark.parametrize("name", ["stories260K", "tok105"])
-def test_greedy_story_is_that_of_transformers(name, asset):
-    """Each of our 64 ids is the likeliest to transformers after those before it, so its greedy story is the same."""
+@torch.inference_mode()
+def test_other_trained_models_against_transformers(name, asset):
+    """1500 tokens, past their windows of 512 and 256; then 64 greedy ids, of which each is also its choice."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(asset(name), dtype=torch.float32).eval()
     model, tokenizer = load(asset(name))
+    text = (asset("texts") / "tinystories_valid_30k.txt").read_text(encoding="utf-8")
+    ids = torch.tensor([[i % model.config.vocab_size for i in tokenizer.encode(text)[:1500]]])
+    got, want = model(ids, model.plan(n=1500)), theirs(ids).logits
+    assert float((got - want)[:, :200].abs().max()) < 1e-4 and float((got - want).abs().max()) < 1e-3
     ids = tokenizer.encode("Once upon a time")
     story = greedy(model, ids, 64)
-    with torch.no_grad():
-        want = theirs(asset(name))(torch.tensor([ids + story])).logits[0].argmax(-1)
-    assert story == want[len(ids) - 1:-1].tolist()
+    assert story == theirs(torch.tensor([ids + story])).logits[0].argmax(-1)[len(ids) - 1:-1].tolist()
     assert "there was a little" in tokenizer.decode(ids + story)
 
 
-@pytest.mark.parametrize("tokens, tolerance", [(200, 1e-4), (1500, 1e-3)])
-@pytest.mark.parametrize("name", ["stories260K", "tok105"])
-def test_logits_are_those_of_transformers(name, tokens, tolerance, asset):
-    """Inside the window, and far beyond it, where plain RoPE still has to be the same wrong answer."""
-    model, tokenizer = load(asset(name))
-    text = (asset("texts") / "tinystories_valid_30k.txt").read_text(encoding="utf-8")
-    ids = torch.tensor([[i % model.config.vocab_size for i in tokenizer.encode(text)[:tokens]]])
-    with torch.no_grad():
-        want = theirs(asset(name))(ids).logits
-        got = model(ids, model.plan(n=tokens))
-    assert ids.shape[1] == tokens
-    assert float((got - want).abs().max()) < tolerance
+# ---------------------------------------------------------------------------------------------------------------------
+# every method, in one pass, in pieces and decoding
+
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_are_those_of_a_llama_in_float64(method):
+    """By every executor; with last_only, where the last layer computes one query, those of the last token."""
+    model = random_model()
+    plan = plan_maker(model, method, 50)(0, 50)
+    want = reference(model, TOKENS, by_oracle(plan))
+    for impl in ("auto", "dense", "tiled"):
+        assert error(model(TOKENS, plan, impl=impl), want) < 1e-5
+        assert error(model(TOKENS, plan, last_only=True, impl=impl), want[:, -1:]) < 1e-5
 
 
-def test_a_sharded_copy_is_the_same_model(asset, tmp_path):
-    source = asset("tok105")
-    tensors = load_file(source / "model.safetensors")
-    names, weight_map = sorted(tensors), {}
-    for number, part in enumerate((names[::2], names[1::2]), 1):
-        file = f"model-0000{number}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in part}, tmp_path / file)
-        weight_map |= {name: file for name in part}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    for file in ("config.json", "tokenizer.model"):
-        (tmp_path / file).write_bytes((source / file).read_bytes())
-    (one, tokenizer), (two, _) = load(source), load(tmp_path)
-    ids = torch.tensor([tokenizer.encode("Once upon a time, there was a")])
-    plan = one.plan(n=ids.shape[1])
-    assert torch.equal(one(ids, plan), two(ids, plan))
+CUTS = [*((method, {}) for method in METHODS), ("mesa", {"overlap": 20}), ("lampe", {"freq": "alibi", "cosine": 8.0}),
+        ("mesa", {"cosine": 8.0}), ("self-extend", {"freq": "yarn", "attn_scale": "infoscale"})]
+
+
+@pytest.mark.parametrize("method, params", CUTS, ids=str)
+@torch.inference_mode()
+def test_pieces_and_decoding_equal_one_pass(method, params, tiny, cut):
+    """The shipped model, window 256: a prompt of 300 in uneven pieces, then tokens one by one; where much depends on
+    the length of the prompt, 120 of them."""
+    model, tokenizer = tiny
+    total = 420 if method in ("mesa", "lampe") else 312
+    tokens = torch.tensor([tokenizer.encode(STORY)[:total]])
+    plan = plan_maker(model, method, 300, **params)
+    decoded = [(t, t + 1) for t in range(300, total)]
+    assert error(in_pieces(model, tokens, [*cut(300), *decoded], plan), model(tokens, plan(0, total))) < 1e-5
+
+
+@pytest.mark.parametrize("method", SHAPES)
+@torch.inference_mode()
+def test_batches_biases_and_last_only_in_pieces(method, cut):
+    """A model with biases and a tied head, whose single rows take a path of their own; one row of tokens, and two."""
+    model = random_model(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    tokens = torch.cat([TOKENS, TOKENS.flip(1)], 1)
+    plan = plan_maker(model, method, 90)
+    for rows in (tokens, torch.cat([tokens, tokens.roll(1)])):
+        want = model(rows, plan(0, 100))
+        assert error(in_pieces(model, rows, cut(100), plan), want) < 1e-5
+        cache = KVCache(model.config)
+        for a, b in cut(100):
+            assert error(model(rows[:, a:b], plan(a, b), cache, last_only=True), want[:, b - 1:b]) < 1e-5
+
+
+def test_by_rows_is_the_whole():
+    x = torch.randn(2, 10, 4)
+
+    def running_sum(part):
+        return part.cumsum(-1)
+    assert torch.equal(by_rows(running_sum, x, rows=3), running_sum(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# random checkpoints, written by transformers
+# a plan for each layer
 
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-
-HF_CONFIGS = {
-    "plain": {},
-    "mha": {"num_key_value_heads": 4},
-    "one-key-head": {"num_key_value_heads": 1},
-    "head_dim": {"head_dim": 16},
-    "tied": {"tie_word_embeddings": True},
-    "attention_bias": {"attention_bias": True},
-    "mlp_bias": {"mlp_bias": True},
-    "rope_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
-    "rms_norm_eps": {"rms_norm_eps": 0.1},
-    "eos-list": {"eos_token_id": [2, 5]},
-    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
-    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
-    "yarn": {"rope_parameters": {**YARN, "rope_theta": 10000.0}},
-    "yarn-options": {"rope_parameters": {**YARN, "rope_theta": 100.0, "beta_fast": 8.0, "beta_slow": 0.5, "mscale": 0.7,
-                                         "mscale_all_dim": 1.0}},
-    "yarn-attention": {"rope_parameters": {**YARN, "rope_theta": 100.0, "attention_factor": 1.5, "truncate": False}},
-    "llama3": {"rope_parameters": {**LLAMA3, "rope_theta": 10000.0}},
-}
+def mixed_plans(model, n):
+    """plans(first, last): full rotary by Mesa; a sliding window of 12; no positions; Self-Extend."""
+    def plans(first, last):
+        i, j = torch.arange(first, last), torch.arange(last)
+        window = Plan([Region(i, j, (i - 11).clamp(min=0), i + 1)], inv_freq=FREQUENCIES["rope"](8, 100.0, n, 32)[0])
+        return [model.plan("mesa", n=n, i=i, j=j), window, model.plan("nope", n=n, i=i, j=j),
+                model.plan("self-extend", n=n, i=i, j=j, attn_scale="logn")]
+    return plans
 
 
-def hf_checkpoint(path, changes):
-    """A random LlamaForCausalLM saved by transformers, and itself. Norms and biases are random too."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TINY, **changes})).eval().requires_grad_(False)
-    for p in model.parameters():
-        p.normal_(1, 0.3) if p.ndim == 1 else p.normal_(0, 0.3)
-    model.save_pretrained(path)
-    return model
+def test_a_plan_for_each_layer():
+    model = random_model(num_hidden_layers=4)
+    plans = mixed_plans(model, 50)(0, 50)
+    want = reference(model, TOKENS, by_oracle(*plans))
+    assert error(model(TOKENS, plans), want) < 1e-5
+    assert error(model(TOKENS, plans, impl="dense"), want) < 1e-5
+    assert error(model(TOKENS, plans, last_only=True), want[:, -1:]) < 1e-5
+    assert error(model(TOKENS, plans[::-1]), want) > 0.1
 
 
-def respell(path, type_key):
-    """Rewrite rope_parameters in config.json as older files have it: rope_theta beside rope_scaling."""
-    raw = json.loads((path / "config.json").read_text())
-    rope = raw.pop("rope_parameters")
-    raw["rope_theta"], kind = rope.pop("rope_theta"), rope.pop("rope_type")
-    raw["rope_scaling"] = None if kind == "default" else {type_key: kind, **rope}
-    raw["torch_dtype"] = raw.pop("dtype", "float32")
-    (path / "config.json").write_text(json.dumps(raw))
+@torch.inference_mode()
+def test_a_plan_for_each_layer_in_pieces(cut):
+    model = random_model(num_hidden_layers=4)
+    tokens = torch.cat([TOKENS, TOKENS.flip(1)], 1)
+    plans = mixed_plans(model, 80)
+    assert error(in_pieces(model, tokens, cut(100), plans), model(tokens, plans(0, 100))) < 1e-5
 
 
-def check_against(model, path):
-    """Logits of 2 x 50 tokens, past max_position_embeddings = 32, of the folder against a model of transformers."""
-    ours = load_folder(path)
-    ids = torch.randint(0, 64, (2, 50), generator=torch.Generator().manual_seed(1))
-    want, got = model(ids).logits, ours(ids, ours.plan(n=50))
-    assert float((got - want).abs().max()) < 1e-4 * float(want.abs().max())
-    return ours
+def test_as_many_plans_as_layers():
+    model = random_model()
+    plan = model.plan("mesa", n=50)
+    assert torch.equal(model(TOKENS, [plan, plan]), model(TOKENS, plan))
+    with pytest.raises(ValueError, match="3 plans for 2 layers"):
+        model(TOKENS, [plan, plan, plan])
 
 
-@pytest.mark.parametrize("name", HF_CONFIGS)
-def test_random_checkpoint_of_transformers(name, tmp_path):
-    ours = check_against(hf_checkpoint(tmp_path, HF_CONFIGS[name]), tmp_path)
-    assert ours.config.eos_token_id == ((2, 5) if name == "eos-list" else (2,))
+# ---------------------------------------------------------------------------------------------------------------------
+# a rotary width below the head width, and pairs of neighbouring channels
+
+def turned(x, width, interleaved):
+    """x (B, H, T, D) with its first `width` channels rotated as GPT-NeoX does, or, interleaved, as GLM does."""
+    angle = torch.arange(x.shape[2])[:, None] * 10000.0 ** (-torch.arange(0, width, 2).double() / width)
+    rotary = x[..., :width]
+    if interleaved:
+        angles = angle.repeat_interleave(2, -1)
+        swapped = torch.stack([-rotary[..., 1::2], rotary[..., 0::2]], -1).flatten(-2)
+    else:
+        angles = torch.cat([angle, angle], -1)
+        swapped = torch.cat([-rotary[..., width // 2:], rotary[..., :width // 2]], -1)
+    return torch.cat([rotary * angles.cos() + swapped * angles.sin(), x[..., width:]], -1)
 
 
-@pytest.mark.parametrize("type_key", ["rope_type", "type"])
-@pytest.mark.parametrize("name", [name for name, changes in HF_CONFIGS.items() if "rope_parameters" in changes])
-def test_older_spelling_of_rope_scaling(name, type_key, tmp_path):
-    model = hf_checkpoint(tmp_path, HF_CONFIGS[name])
-    respell(tmp_path, type_key)
-    check_against(model, tmp_path)
+@pytest.mark.parametrize("width, interleaved", [(8, False), (4, False), (8, True), (4, True), (2, True)])
+def test_rotary_width_and_pairs(width, interleaved):
+    """A model whose heads are 8 wide against plain causal attention over queries and keys rotated as above."""
+    def attention(layer, q, k, v):
+        k = turned(k, width, interleaved).repeat_interleave(2, 1)  # two query heads share a key head
+        scores = turned(q, width, interleaved) @ k.transpose(-1, -2) / math.sqrt(8)
+        later = torch.ones(50, 50).triu(1).bool()
+        return scores.masked_fill(later, -math.inf).softmax(-1) @ v.repeat_interleave(2, 1)
+    model = random_model(rotary_dim=width, interleaved=interleaved)
+    want = reference(model, TOKENS, attention)
+    for impl in ("auto", "dense", "tiled"):
+        assert error(model(TOKENS, model.plan(n=50), impl=impl), want) < 1e-5
 
 
-def test_missing_head_dim_and_kv_heads_have_their_defaults(tmp_path):
-    """LLaMA-1 folders have neither: head_dim = hidden_size / heads, as many key heads as heads."""
-    model = hf_checkpoint(tmp_path, {"num_key_value_heads": 4})
-    raw = json.loads((tmp_path / "config.json").read_text())
-    del raw["head_dim"], raw["num_key_value_heads"]
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    check_against(model, tmp_path)
+@pytest.mark.parametrize("family, interleaved", [("glm", True), ("gpt_neox", False)])
+def test_rotations_are_those_of_transformers(family, interleaved):
+    """turned() above is what these families do with a rotary width of 4."""
+    pytest.importorskip("transformers")
+    module = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
+    x = weight("x", (1, 4, 50, 8)).double()
+    angle = torch.arange(50)[:, None] * 10000.0 ** (-torch.arange(0, 4, 2).double() / 4)
+    angles = torch.cat([angle, angle], -1)[None]
+    theirs, _ = module.apply_rotary_pos_emb(x, x, angles.cos(), angles.sin())
+    assert torch.allclose(turned(x, 4, interleaved), theirs)
 
 
-@pytest.mark.parametrize("fields, L", [
-    ({}, 32),
-    ({"original_max_position_embeddings": 8}, 8),
-    ({"rope_scaling": YARN}, 16), ({"rope_parameters": {**LLAMA3, "rope_theta": 1e4}}, 16),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 16}}, 16),
-    ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, 32),
-])
-def test_training_length(fields, L, tmp_path):
-    """original_max_position_embeddings wherever it is, else max_position_embeddings; train_len overrides both."""
-    write_checkpoint(tmp_path, **fields)
-    assert Config.from_hf(tmp_path).train_len == L
-    assert Config.from_hf(tmp_path, train_len=7).train_len == 7
+KINDS = [{"rotary_dim": 4, "interleaved": True}, {"rotary_dim": 4, "cosine_attention": 8.0}, {"cosine_attention": 24.0},
+         {"freq": "alibi"}, {"freq": "nope"}]
 
 
-@pytest.mark.parametrize("method, want", [
-    (None, ("yarn", 4)), ("yarn", ("yarn", 4)), ("mesa", ("yarn", 4)), ("rerope", ("yarn", 4)), ("rope", ("rope", 1)),
-    ("pi", ("pi", None))])
-def test_a_method_keeps_the_frequencies_the_model_was_trained_with(method, want, tmp_path):
-    """Unless it has its own: mesa on a YaRN model is mesa with YaRN's frequencies and mscale."""
-    write_checkpoint(tmp_path, rope_scaling=YARN)
-    model = load_folder(tmp_path)
-    name, factor = want
-    reference = model.plan("rope", n=40, freq=name, **({"factor": 4.0} if factor == 4 else {}))
-    plan = model.plan(method, n=40)
-    assert torch.equal(plan.inv_freq, reference.inv_freq) and plan.mscale == reference.mscale
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@torch.inference_mode()
+def test_other_kinds_of_models(kind, cut):
+    """Every geometry against the oracle and in pieces; and what kind of model it is makes a difference."""
+    model, plain = random_model(**kind), random_model()
+    for method in (None, "logn", "rerope", "self-extend", "dca", "streaming-llm", "lampe", "mesa"):
+        plan = plan_maker(model, method, 40)
+        want = reference(model, TOKENS, by_oracle(plan(0, 50)))
+        assert error(model(TOKENS, plan(0, 50)), want) < 1e-5, method
+        assert error(in_pieces(model, TOKENS, cut(50), plan), want) < 1e-5, method
+        assert error(model(TOKENS, plan_maker(plain, method, 40)(0, 50)), want) > 1e-3, method
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the cache
 
-@pytest.mark.parametrize("method", METHODS)
-def test_prefill_in_pieces_one_layer(method, cut):
-    """Any cut of the prompt, and decoding, give the logits of one forward pass."""
-    model = random_model(num_hidden_layers=1)
-    n, ids = 90, torch.randint(0, 64, (2, 102), generator=torch.Generator().manual_seed(1))
-    want = model(ids, model.plan(method, n=n, i=torch.arange(102), j=torch.arange(102)))
-    got = logits_in_pieces(model, ids, method, cut(102), n)
-    assert float((got - want).abs().max()) < 1e-4
-
-
-@pytest.mark.parametrize("method", ["mesa", "self-extend"])
-def test_implementations_agree_in_a_model(method):
-    model, ids = random_model(), torch.arange(60)[None]
-    plan = model.plan(method, n=60)
-    want = model(ids, plan, impl="dense")
-    assert float((model(ids, plan, impl="tiled") - want).abs().max()) < 1e-4
-    assert float((model(ids, plan) - want).abs().max()) < 1e-4
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_last_only_is_the_last_row(method):
-    """The last layer then computes one query; of a whole prompt, and of the second of two pieces."""
-    model, ids = random_model(), torch.arange(60)[None]
-    for first in (0, 25):
-        caches = [KVCache(model.config, 60), KVCache(model.config, 60)]
-        if first:
-            before = model.plan(method, n=60, i=torch.arange(first), j=torch.arange(first))
-            for cache in caches:
-                model(ids[:, :first], before, cache)
-        plan = model.plan(method, n=60, i=torch.arange(first, 60))
-        whole = model(ids[:, first:], plan, caches[0])
-        last = model(ids[:, first:], plan, caches[1], last_only=True)
-        assert torch.allclose(last, whole[:, -1:], atol=1e-4)
-        assert torch.equal(caches[0].k[-1], caches[1].k[-1])
-
-
-def test_by_rows_is_the_whole():
-    x = torch.randn(2, 10, 4)
-    assert torch.equal(by_rows(lambda part: 2 * part.cumsum(-1), x, rows=3), 2 * x.cumsum(-1))
-
-
 def test_cache_grows_and_keeps_what_it_holds():
     """5, 3 and 20 tokens into room for 4: capacity 8, 8, 32; two layers, each with its own keys."""
-    config = random_model().config
-    cache, pieces = KVCache(config, size=4), [torch.randn(1, 2, T, 8) for T in (5, 3, 20)]
+    cache = KVCache(Config(**SIZES), size=4)
+    pieces = [torch.randn(1, 2, T, 8, dtype=torch.bfloat16) for T in (5, 3, 20)]
+    assert len(cache) == 0
     for number, piece in enumerate(pieces):
         for layer in (0, 1):
             k, v = cache.append(layer, piece + layer, -piece)
@@ -279,275 +344,138 @@ def test_cache_grows_and_keeps_what_it_holds():
         assert torch.equal(k, so_far + 1) and torch.equal(v, -so_far)
         assert len(cache) == so_far.shape[2]
     assert cache.size == 32 and cache.k[0].shape == (1, 2, 32, 8)
-    assert torch.equal(cache.k[0][:, :, :28], so_far)
+    assert torch.equal(cache.k[0][:, :, :28], so_far) and k.dtype == v.dtype == torch.bfloat16
 
 
-def test_cache_keeps_the_type_of_the_keys():
-    cache = KVCache(random_model().config)
-    assert len(cache) == 0
-    k, _ = cache.append(0, *torch.zeros(2, 1, 2, 3, 8, dtype=torch.bfloat16))
-    assert k.dtype == torch.bfloat16
+def test_cache_forgets_what_is_cut():
+    """8 tokens, cut to 5, and 2 more: tokens 0 to 4 and these."""
+    cache = KVCache(Config(**SIZES))
+    keys = torch.randn(1, 2, 8, 8)
+    for layer in (0, 1):
+        cache.append(layer, keys, keys)
+    cache.cut(5)
+    assert len(cache) == 5
+    k, _ = cache.append(0, -keys[:, :, :2], keys[:, :, :2])
+    assert torch.equal(k, torch.cat([keys[:, :, :5], -keys[:, :, :2]], 2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# folders that are wrong
+STEPS = [  # method, its parameters, and how many tokens the cache is first cut back to
+    ("mesa", {}, 42), ("mesa", {}, 43), ("rerope", {}, 44), ("mesa", {}, 45), ("yarn", {"factor": 2}, 46),
+    ("mesa", {"cosine": 4.0}, 47), ("rerope", {"cosine": 4.0}, 48), ("nope", {"cosine": 4.0}, 49), ("mesa", {}, 43),
+    ("mesa", {}, 44), ("mesa", {}, 45), ("mesa", {}, 46), ("self-extend", {}, 45), ("rerope", {}, 46),
+    ("alibi", {}, 47), ("mesa", {"cosine": 4.0}, 48)]
 
-def edit_config(path, **changes):
-    raw = json.loads((path / "config.json").read_text())
-    raw = {k: v for k, v in (raw | changes).items() if v is not ...}
-    (path / "config.json").write_text(json.dumps(raw))
-
-
-def edit_tensors(path, change):
-    tensors = load_file(path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, path / "model.safetensors")
-
-
-def write_index(path, **weight_map):
-    """Move the weights to one shard, with an index that also says weight_map."""
-    tensors = load_file(path / "model.safetensors")
-    (path / "model.safetensors").unlink()
-    save_file(tensors, path / "part.safetensors")
-    names = {name: "part.safetensors" for name in tensors} | weight_map
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-
-
-def truncate(path):
-    """Cut the last byte off, as a broken download does."""
-    file = path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def only_pickle(path):
-    (path / "model.safetensors").rename(path / "pytorch_model.bin")
-
-
-WRONG = {  # what is done to a good folder: the error, and words of its message
-    "no config": (lambda p: (p / "config.json").unlink(), FileNotFoundError, ["config.json"]),
-    "config not json": (lambda p: (p / "config.json").write_text("{"), ValueError, ["config.json", "JSON"]),
-    "config a list": (lambda p: (p / "config.json").write_text("[1, 2]"), ValueError, ["config.json"]),
-    "missing field": (lambda p: edit_config(p, hidden_size=...), ValueError, ["hidden_size"]),
-    "missing layers": (lambda p: edit_config(p, num_hidden_layers=...), ValueError, ["num_hidden_layers"]),
-    "missing vocab": (lambda p: edit_config(p, vocab_size=...), ValueError, ["vocab_size"]),
-    "missing heads": (lambda p: edit_config(p, num_attention_heads=...), ValueError, ["num_attention_heads"]),
-    "unknown rope": (lambda p: edit_config(p, rope_scaling={"rope_type": "x7"}), ValueError, ["x7", "yarn"]),
-    "unknown rope, new": (lambda p: edit_config(p, rope_parameters={"rope_type": "x9"}), ValueError, ["x9", "llama3"]),
-    "partial rotary": (lambda p: edit_config(p, partial_rotary_factor=0.5), ValueError, ["partial_rotary_factor"]),
-    "not a llama": (lambda p: edit_config(p, model_type="gpt2"), ValueError, ["gpt2"]),
-    "not silu": (lambda p: edit_config(p, hidden_act="gelu"), ValueError, ["gelu"]),
-    "pickle only": (only_pickle, ValueError, ["pytorch_model.bin", "safetensors"]),
-    "no weights": (lambda p: (p / "model.safetensors").unlink(), FileNotFoundError, ["model.safetensors"]),
-    "truncated": (truncate, ValueError, ["model.safetensors"]),
-    "empty file": (lambda p: (p / "model.safetensors").write_bytes(b""), ValueError, ["model.safetensors"]),
-    "shard missing": (lambda p: write_index(p, **{"model.norm.weight": "part-2.safetensors"}), FileNotFoundError,
-                      ["part-2.safetensors"]),
-    "shard without its tensor": (lambda p: write_index(p, **{"model.layers.9.mlp.up_proj.weight": "part.safetensors"}),
-                                 ValueError, ["part.safetensors", "model.layers.9.mlp.up_proj.weight"]),
-    "missing tensor": (lambda p: edit_tensors(p, lambda t: t.pop("model.norm.weight")), ValueError,
-                       ["model.norm.weight"]),
-    "missing head": (lambda p: edit_tensors(p, lambda t: t.pop("lm_head.weight")), ValueError, ["lm_head.weight"]),
-    "extra tensor": (lambda p: edit_tensors(p, lambda t: t.update(extra=torch.zeros(2, 3))), ValueError,
-                     ["extra", r"\(2, 3\)"]),
-    "bias not in config": (lambda p: edit_tensors(p, lambda t: t.update(
-        {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})), ValueError, ["q_proj.bias"]),
-    "wrong shape": (lambda p: edit_tensors(p, lambda t: t.update({"model.norm.weight": torch.zeros(31)})), ValueError,
-                    ["model.norm.weight", r"\(31,\)", r"\(32,\)"]),
-    "index not json": (lambda p: (write_index(p), (p / "model.safetensors.index.json").write_text("oops")), ValueError,
-                       ["model.safetensors.index.json"]),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_folders_say_what_is_wrong(name, tmp_path):
-    write_checkpoint(tmp_path)
-    load_folder(tmp_path)
-    damage, error, words = WRONG[name]
-    damage(tmp_path)
-    with pytest.raises(error) as caught:
-        load_folder(tmp_path)
-    for word in words:
-        assert caught.match(word)
-    assert str(tmp_path) in str(caught.value)
-
-
-def test_no_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no-such-folder"):
-        load(tmp_path / "no-such-folder")
-
-
-def test_no_tokenizer(tmp_path):
-    write_checkpoint(tmp_path)
-    with pytest.raises(FileNotFoundError, match="tokenizer.model"):
-        load(tmp_path)
-
-
-def test_broken_tokenizer(tmp_path):
-    write_checkpoint(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="tokenizer.model"):
-        load(tmp_path)
-
-
-def test_old_rotary_buffers_are_ignored(tmp_path):
-    """LLaMA-1 conversions store rotary_emb.inv_freq in every layer; ours computes its own."""
-    write_checkpoint(tmp_path)
-    edit_tensors(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
-    load_folder(tmp_path)
-
-
-def test_tied_checkpoint_that_also_carries_its_head(tmp_path):
-    """Some tied models are saved with a copy of the embedding as lm_head.weight."""
-    tensors = write_checkpoint(tmp_path, tie_word_embeddings=True)
-    model = load_folder(tmp_path)
-    ids = torch.arange(9)[None]
-    x = model.model(ids, model.plan(n=9), None, "auto", False)
-    want = x @ tensors["model.embed_tokens.weight"].T
-    assert torch.allclose(model(ids, model.plan(n=9)), want, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
-def test_dtype(dtype, tmp_path):
-    """dtype None keeps what is stored."""
-    tensors = write_checkpoint(tmp_path)
-    save_file({name: t.bfloat16() for name, t in tensors.items()}, tmp_path / "model.safetensors")
-    model = load_folder(tmp_path, dtype=dtype)
-    assert {p.dtype for p in model.parameters()} == {dtype or torch.bfloat16}
-
-
-LOADING = """
-import sys, torch
-from model import Config, load_model
-
-def status(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
-
-def touched(path):
-    model = load_model(path, Config.from_hf(path))
-    return model, [p.view(torch.int16).max() for p in model.parameters()]  # reads every page
-
-touched(sys.argv[1])  # a tiny one first: what torch imports on first use is not the loader's
-before = status("VmRSS")
-kept = touched(sys.argv[2])
-print(status("VmHWM") - before)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_loading_takes_the_memory_of_the_checkpoint_once(tmp_path):
-    """200 MB of bfloat16, copied tensor by tensor: at most 1.1 times its size with every weight touched."""
-    small, large = tmp_path / "small", tmp_path / "large"
-    wide = dict(TINY, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=16,
-                num_key_value_heads=16, head_dim=64)
-    for path, fields in ((small, TINY), (large, wide)):
-        path.mkdir()
-        (path / "config.json").write_text(json.dumps(fields))
-        with torch.device("meta"):
-            shapes = {name: p.shape for name, p in Llama(Config(**fields)).named_parameters()}
-        save_file({name: torch.ones(s, dtype=torch.bfloat16) for name, s in shapes.items()}, path / "model.safetensors")
-    size = (large / "model.safetensors").stat().st_size
-    out = subprocess.run([sys.executable, "-c", LOADING, small, large], capture_output=True, text=True, check=True,
-                         cwd=Path(__file__).parents[1])
-    assert size > 180e6 and float(out.stdout) <= 1.1 * size
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# text
-
-NASTY = ["", " ", "   ", "a", "?", " leading", "trailing ", "two  spaces   three", "line\nbreak\n\n\nmore\n", "\n",
-         "\t tab", "Hello, world! 12345 007", "한글 텍스트입니다", "你好，世界", "🦙", "🦙🦙 twice", "👩‍👩‍👧‍👦 family",
-         "naïve café",
-         "mixed 🦙한a\n 9", "<s>", "\u00a0nbsp", "e\u0301 combining", "\U0001F9FF\U0001F9FF\U0001F9FF\U0001F9FF end"]
-
-
-@pytest.fixture
-def llama_tokenizer(asset):
-    return load_tokenizer(asset("llama_tokenizer"), Config(**TINY))
-
-
-@pytest.mark.parametrize("text", NASTY + ["a \ufffd replaced", "\ufffd"], ids=ascii)
-def test_stream_is_decode_piece_by_piece(text, llama_tokenizer):
-    """No space lost, no character cut in half: U+FFFD shows only where the text itself has it."""
-    ids = llama_tokenizer.encode(text)
-    pieces = list(llama_tokenizer.stream(ids))
-    assert "".join(pieces) == llama_tokenizer.decode(ids)
-    if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in pieces)
-
-
-@pytest.mark.parametrize("text", NASTY, ids=ascii)
-def test_stream_continues_a_prompt(text, llama_tokenizer):
-    """With the prompt as context, prompt + stream is the text of all ids: the first word keeps its space."""
-    prompt = llama_tokenizer.encode("The llama said:")
-    ids = llama_tokenizer.encode(" and then " + text, bos=False)
-    streamed = "".join(llama_tokenizer.stream(iter(ids), prompt))
-    assert llama_tokenizer.decode(prompt) + streamed == llama_tokenizer.decode(prompt + ids)
-
-
-def test_stream_does_not_hold_text_back(llama_tokenizer):
-    """Each word is out as soon as its token is in."""
-    came = []
-    def tokens():  # noqa: E306
-        for token in llama_tokenizer.encode("one two three four five"):
-            yield token
-            came.append("in")
-    stream = llama_tokenizer.stream(tokens())
-    assert next(stream) == "one" and len(came) <= 2
-
-
-@pytest.mark.parametrize("text", NASTY, ids=ascii)
-def test_decode_undoes_encode(text, llama_tokenizer):
-    """Sentencepiece drops one leading space of a decoded text and adds one when encoding."""
-    ids = llama_tokenizer.encode(text)
-    assert llama_tokenizer.decode(ids) == text.removeprefix("<s>")
-
-
-@pytest.mark.parametrize("text", ["Hello", "<s>Hello", " Hello", "", "<s>"])
-def test_bos_once(text, llama_tokenizer):
-    ids = llama_tokenizer.encode(text)
-    assert ids[0] == 1 and 1 not in ids[1:]
-    assert ids[1:] == llama_tokenizer.encode(text.removeprefix("<s>"), bos=False)
-
-
-def test_no_bos_where_there_is_none(asset):
-    tokenizer = load_tokenizer(asset("llama_tokenizer"), Config(**TINY, bos_token_id=None))
-    assert tokenizer.encode("Hello") == tokenizer.encode("Hello", bos=False)
-
-
-def test_known_ids(llama_tokenizer):
-    """The ids that every LLaMA implementation gives."""
-    assert llama_tokenizer.encode("Hello world") == [1, 15043, 3186]
-
-
-def test_tokenizer_json(tmp_path):
-    """Where there is no tokenizer.model: tokenizer.json by the tokenizers package."""
-    tokenizers = pytest.importorskip("tokenizers")
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "hello": 2, "world": 3}, "<unk>"))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    core.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(tmp_path, Config(**TINY))
-    assert tokenizer.encode("hello world") == [1, 2, 3]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# rotated copies of the cache
 
 @torch.inference_mode()
 def test_decoding_may_change_its_method_and_be_cut_back():
-    """Kept copies of rotated keys serve only the positions they were made for."""
-    model, tokenizer = load(SHIPPED)
-    tokens = torch.tensor([tokenizer.encode("One day a little bear found a red ball in the wood. " * 8)])
-    n = tokens.shape[1]
+    """Copies of rotated keys serve only the tokens, the positions and the rule that they were made for."""
+    model = random_model()
     cache = KVCache(model.config)
-    model(tokens[:, :n - 8], model.plan("mesa", n=n, i=torch.arange(n - 8), j=torch.arange(n - 8)), cache)
-    steps = [("mesa", {}, n - 8), ("mesa", {}, n - 7), ("rerope", {}, n - 6), ("mesa", {}, n - 5),
-             ("yarn", {"factor": 2}, n - 4), ("mesa", {"cosine": 4.0}, n - 3), ("mesa", {}, n - 6),
-             ("self-extend", {}, n - 5), ("rerope", {}, n - 4)]
-    for method, params, t in steps:
+    model(TOKENS[:, :42], plan_maker(model, "mesa", 50)(0, 42), cache)
+    for token, (method, params, t) in enumerate(STEPS):
         cache.cut(t)
         fresh = KVCache(model.config)
         for layer in range(len(cache.k)):
             fresh.append(layer, cache.k[layer][:, :, :t], cache.v[layer][:, :, :t])
-        plan = model.plan(method, n=n, i=torch.tensor([t]), j=torch.arange(t + 1), **params)
-        got, want = (model(tokens[:, t:t + 1], plan, c) for c in (cache, fresh))
-        assert torch.allclose(got, want, atol=1e-5), (method, t)
+        plan = plan_maker(model, method, 50, **params)(t, t + 1)
+        got, want = (model(torch.tensor([[token]]), plan, c) for c in (cache, fresh))
+        assert error(got, want) < 1e-5, (method, t)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a Config says, and what is asked of it
+
+def test_a_plan_is_asked_for_by_name_text_or_method():
+    """And is that of make_plan with the sizes of the model."""
+    config = Config(**SIZES, train_len=32, rope_theta=500.0)
+    i = torch.arange(50)
+    want = make_plan("mesa", i, i, n=50, L=32, D=8, H=4, base=500.0, first=4, attn_scale="infoscale")
+    for plan in (config.plan("mesa", n=50, first=4, attn_scale="infoscale"),
+                 config.plan("mesa:first=4:attn-scale=infoscale", n=50),
+                 config.plan("mesa:first=4", n=50, attn_scale="infoscale"),
+                 config.plan(Method("mesa", attn_scale="infoscale", params={"first": 4}), n=50)):
+        assert len(plan.regions) == len(want.regions)
+        for got, region in zip(plan.regions, want.regions):
+            assert all(torch.equal(getattr(got, x), getattr(region, x)) for x in ("q_pos", "k_pos", "start", "end"))
+        assert torch.equal(plan.inv_freq, want.inv_freq) and torch.equal(plan.q_scale, want.q_scale)
+
+
+@pytest.mark.parametrize("method, rule, factor", [
+    (None, "yarn", 4.0), ("yarn", "yarn", 4.0), ("mesa", "yarn", 4.0), ("rerope", "yarn", 4.0), ("rope", "rope", None),
+    ("pi", "pi", 2.0), ("yarn:factor=8", "yarn", 8)])
+def test_a_method_keeps_the_frequencies_the_model_was_trained_with(method, rule, factor, tmp_path):
+    """Unless it has its own: mesa on a YaRN model is mesa with YaRN's frequencies and mscale."""
+    plan = read_config(tmp_path, rope_parameters=YARN).plan(method, n=30)
+    inv_freq, mscale = FREQUENCIES[rule](8, 100.0, 30, 16, **({"factor": factor} if factor else {}))
+    assert torch.equal(plan.inv_freq, inv_freq) and plan.mscale == mscale
+
+
+@pytest.mark.parametrize("rope", [YARN, LLAMA3, {**LONGROPE, "original_max_position_embeddings": 16},
+                                  {"rope_type": "dynamic", "factor": 2.0}, {"type": "yarn", "factor": 2.0},
+                                  {"type": "llama3", "factor": 2.0}], ids=str)
+def test_train_len_does_not_bend_the_frequencies_of_a_checkpoint(rope, tmp_path):
+    """They are those of the length it was stretched from; L is what is asked for, as ReRoPE's window of L/4 is."""
+    trained = read_config(tmp_path, rope_scaling=rope).plan(n=50)
+    for train_len in (8, 16, 32, 300):
+        config = read_config(tmp_path, train_len, rope_scaling=rope)
+        plan = config.plan("rerope", n=320)
+        assert config.train_len == train_len and plan.regions[1].q_pos[0] == train_len // 4
+        for plan in (config.plan(n=50), config.plan("rerope", n=50)):
+            assert torch.equal(plan.inv_freq, trained.inv_freq) and plan.mscale == trained.mscale
+
+
+def test_rules_that_are_asked_for_go_by_train_len(tmp_path):
+    config = read_config(tmp_path, 40, rope_parameters=YARN)
+    assert torch.equal(config.plan("dynamic-yarn", n=80).inv_freq, FREQUENCIES["dynamic-yarn"](8, 100.0, 80, 40)[0])
+
+
+@pytest.mark.parametrize("encoding", ["rope", "alibi", "nope"])
+def test_position_encoding(encoding, tmp_path):
+    """Our key of config.json: every geometry keeps the encoding that the model was trained with."""
+    config = read_config(tmp_path, position_encoding=encoding)
+    for method in (None, "mesa", "self-extend", "logn"):
+        plan = config.plan(method, n=100)
+        assert (plan.inv_freq is None) == (encoding != "rope") and (plan.slopes is not None) == (encoding == "alibi")
+        assert plan.cosine is None
+
+
+def test_cosine_attention(tmp_path):
+    """A model trained with CosScale has it with every method; a setting replaces the factor."""
+    config = read_config(tmp_path, cosine_attention=24.0)
+    assert config.plan("mesa", n=90).cosine == config.plan("cosscale", n=90).cosine == 24
+    assert config.plan(n=9, cosine=5.0).cosine == 5
+    assert read_config(tmp_path).plan("cosscale", n=9).cosine == 32
+
+
+@pytest.mark.parametrize("method, rule", [("yarn", "yarn"), ("rope", "rope"), ("mesa:freq=pi", "pi"),
+                                          ("ntk-mixed", "ntk-mixed")])
+def test_rotary_rules_are_refused_by_models_that_are_not_rotary(method, rule):
+    for encoding in ("alibi", "nope"):
+        with pytest.raises(ValueError, match=f"no rotary positions.*{rule} sets nothing"):
+            Config(**SIZES, freq=encoding).plan(method, n=50)
+    with pytest.raises(ValueError, match="yarn and pi both set the frequencies"):
+        Config(**SIZES).plan("yarn", freq="pi", n=50)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("hidden_size", 0), ("num_hidden_layers", True), ("vocab_size", 64.0), ("train_len", -5), ("head_dim", None),
+    ("rms_norm_eps", 0), ("rope_theta", "1e4"), ("num_key_value_heads", 3), ("bos_token_id", 64),
+    ("bos_token_id", -1), ("eos_token_id", (2, 99))])
+def test_sizes_that_no_model_can_have(field, value):
+    with pytest.raises(ValueError, match="token id" if "token" in field else field):
+        Config(**{**SIZES, field: value})
+
+
+@pytest.mark.parametrize("width", [3, 10, 0])
+def test_rotary_widths_that_no_head_can_have(width):
+    with pytest.raises(ValueError, match="rotary_dim"):
+        Config(**SIZES, rotary_dim=width).plan(n=50)
+
+
+def test_load_takes_a_name_and_a_type_by_name(tmp_path, monkeypatch):
+    """From any folder; and a training length for the methods."""
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load("tiny", dtype="bfloat16", train_len=99)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not model.training
+    assert model.config.train_len == 99 and tokenizer.bos_id == 1
+    assert not any(p.requires_grad for p in model.parameters())

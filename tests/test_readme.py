@@ -1,38 +1,83 @@
-"""The README's promises that no other test keeps: its table, its way to add a method."""
+"""The README's promises that no other test keeps: its table, its examples, its way to add a method."""
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from geometry import METHODS
+
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def python_blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
 def test_every_method_is_in_the_table():
-    from positions import METHODS
-    listed = re.findall(r"^\| ([a-z0-9-]+) \|", README, flags=re.MULTILINE)
+    listed = re.findall(r"^\| ([a-z0-9-]+) \|", README.split("## The methods")[1], flags=re.MULTILINE)
     assert set(METHODS) <= set(listed)
 
 
-def test_add_a_method_as_the_readme_says(tmp_path):
-    """Function and row go into a copy of positions.py; then the command line, the pictures and the tests know it."""
-    function, row = re.findall(r"```python\n(.*?)```", README.split("## Add a method")[1], flags=re.DOTALL)[:2]
-    for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md"]:
-        shutil.copy(file, tmp_path)
-    for folder in ("tests", "checkpoints"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    text = (tmp_path / "positions.py").read_text(encoding="utf-8")
-    before, after = text.split("METHODS = {", 1)
-    head, rest = after.split("\n", 1)
-    (tmp_path / "positions.py").write_text(f"{before}{function}\n\nMETHODS = {{{head}\n{row}{rest}", encoding="utf-8")
+def test_every_file_is_in_the_table():
+    listed = re.findall(r"^\| ([a-z_]+\.py) \|", README, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(file.name for file in ROOT.glob("*.py"))
 
-    def run(*args):
-        command = [sys.executable, *map(str, args)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    made = run("generate.py", "--method", "half-far", "--set", "window=32", "--max-new-tokens", 2)
-    assert made.returncode == 0, made.stderr
-    assert "region 2" in run("positions.py", "half-far").stdout
-    tested = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_positions.py", "tests/test_attention.py",
-                 "tests/test_strategies.py", "-k", "half-far")
-    assert tested.returncode == 0 and "passed" in tested.stdout, tested.stdout[-2000:]
+
+def test_files_and_links_exist():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_examples_run_one_after_the_other(monkeypatch, capsys):
+    """The blocks before "Add a method" are one session: load, generate, a batch, a second turn, attention alone."""
+    monkeypatch.chdir(ROOT)
+    session = {}
+    for block in python_blocks(README.split("## Add a method")[0]):
+        exec(block, session)
+    assert session["tokens"].shape == session["answer"].shape == (2, 8)
+    assert session["out"].shape == (1, 8, 3000, 64) and capsys.readouterr().out
+
+
+CHECKS = """
+import sys
+import torch
+sys.path[:0] = ["tests"]
+import generate, show
+from attention import attend
+from oracle import oracle
+from positions import make_plan
+
+asked = "half-far:window=9:freq=half-slow:attn-scale=root-logn"
+assert generate.run(["--method", asked, "--max-new-tokens", "2"]) == 0
+assert generate.run(["--method", "half-slow", "--prompt", "x", "--max-new-tokens", "2"]) == 0
+assert show.run(["half-far"]) == 0
+for i in (torch.arange(61), torch.tensor([60])):
+    q, k, v = (torch.randn(1, 2, T, 16) for T in (len(i), 61, 61))
+    plan = make_plan(asked, i, torch.arange(61), n=58, L=20, D=16, H=2)
+    assert len(plan.regions) == 2 and plan.q_scale.max() > 1
+    for impl in ("dense", "tiled"):
+        assert (attend(q, k, v, plan, impl) - oracle(q, k, v, plan)).abs().max() < 1e-5
+print("region 2" in show.describe(plan, 61)[1])
+"""
+
+
+def test_add_a_method_as_the_readme_says(tmp_path):
+    """The three functions and rows go into a copy of the repository; then command line and executors know them."""
+    blocks = python_blocks(README.split("## Add a method")[1])
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    for folder in ("tests", "checkpoints/tiny"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    places = [("geometry.py", "METHODS"), ("frequencies.py", "FREQUENCIES"), ("frequencies.py", "SCALES")]
+    for (file, table), function, row in zip(places, blocks[0::2], blocks[1::2]):
+        assert len((function + row).splitlines()) < 20
+        text = (tmp_path / file).read_text(encoding="utf-8")
+        start = text.index(f"\n{table} = {{")
+        end = text.index("\n}\n", start) + 1  # the line that closes the table
+        text = text[:start] + "\n" + function + "\n" + text[start:end] + row + text[end:]
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", CHECKS], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("True"), done.stderr

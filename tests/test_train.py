@@ -2,157 +2,275 @@
 import json
 import random
 import re
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
 
 import train
-from model import load
+from checkpoint import UNFINISHED
+from cli import run_command
+from model import Config, load
+from tasks import NEEDLE
+from tokenizer import load_tokenizer
 
+TINY = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny"
 TEXTS = [f"The {a} cat sat on the {b} mat, and nobody in the {a} house asked why it was {b}. It slept."
          for a in ("grey", "old", "small", "quick") for b in ("red", "warm", "dusty", "round")]
-SMALL = ("--steps 6 --batch 7 --window 320 --vocab 400 --width 16 --layers 1 --heads 2 --kv-heads 1 "
+SMALL = ("--steps 4 --batch 6 --window 160 --vocab 400 --width 16 --layers 1 --heads 2 --kv-heads 1 "
          "--save-every 2").split()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_documents():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "prose", lambda: TEXTS)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def few_documents(monkeypatch):
-    monkeypatch.setattr(train, "prose", lambda: TEXTS)
-    threads = torch.get_num_threads()
+def threads():
+    """Whatever the threads of a run, the other tests keep theirs."""
+    before = torch.get_num_threads()
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
 
 
-def run(folder, *more):
-    train.main(["--out", str(folder), *SMALL, *more])
-    return load(folder)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    train.run(["--out", str(folder), *SMALL])
+    return folder
 
 
-def weights(model):
-    return torch.cat([w.flatten() for w in model.parameters()])
+@pytest.fixture(scope="module")
+def corpus(finished):
+    """What the run draws its batches from."""
+    args = train.parse_args(["--out", "x", *SMALL])
+    model, tokenizer = load(finished)
+    return train.make_corpus(args, tokenizer, TEXTS, model.config)
 
 
-def test_an_interrupted_run_ends_in_the_same_weights(tmp_path, monkeypatch):
-    whole, _ = run(tmp_path / "whole")
-    step = train.train_step
-
-    def dies(number, *rest):
-        if number == 5:  # one step after a save: that step is done again
-            raise KeyboardInterrupt
-        return step(number, *rest)
-    monkeypatch.setattr(train, "train_step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut")
-    (tmp_path / "cut" / "training-state.part").write_bytes(b"half a save")  # what a kill during a save leaves
-    assert not (tmp_path / "cut" / "model.safetensors").exists()
-    monkeypatch.setattr(train, "train_step", step)
-    resumed, _ = run(tmp_path / "cut")
-    assert torch.equal(weights(whole), weights(resumed))
-    curves = [json.loads((tmp_path / run / "training.json").read_text())["curve"] for run in ("whole", "cut")]
-    assert [entry["step"] for entry in curves[1]] == [2, 4, 6]
-    assert [entry["prose"] for entry in curves[0]] == [entry["prose"] for entry in curves[1]]
+def read_curve(folder):
+    return json.loads((folder / "training.json").read_text())["curve"]
 
 
-def test_other_settings_do_not_continue_an_unfinished_run(tmp_path, monkeypatch):
-    def dies(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train, "write_folder", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path)
-    with pytest.raises(ValueError, match="other settings"):
-        run(tmp_path, "--seed", "2")
+# ---- the parts
+
+def test_a_docstring_becomes_one_line(tmp_path):
+    """Those of 200 characters and more; a file that is no Python has none."""
+    file = tmp_path / "a.py"
+    file.write_text('def f():\n    """Short."""\n\n\ndef g():\n    """' + "Long\n    words. " * 30 + '"""\n')
+    assert train.docstrings(file) == [("Long words. " * 30).strip()]
+    file.write_text("def f(:\n")
+    assert train.docstrings(file) == []
 
 
-def test_a_finished_run_is_not_overwritten(tmp_path):
-    run(tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.model",
-        "tokenizer_config.json", "training.json"]
-    with pytest.raises(ValueError, match="finished run"):
-        run(tmp_path)
-
-
-def test_batches_are_what_they_say(tmp_path):
-    """As long as each other and no longer than the window; what is no prose ends in an answer of five digits."""
-    model, tokenizer = run(tmp_path)
-    args = train.settings(["--out", str(tmp_path), *SMALL])
-    corpus = train.make_corpus(args, tokenizer, TEXTS, model.config)
-    for step in (0, 700, 800, 5000):
-        ids, loss_weights = train.batch(step, args, corpus, model.config)
-        assert torch.equal(ids, train.batch(step, args, corpus, model.config)[0])
-        assert ids.shape[1] == loss_weights.shape[1] + 1 <= args.window + 1
-        assert (ids[:, 0] == 1).all() and len(ids) >= len(train.MIX)
-        for kind, row, weight in zip(train.kinds(len(ids)), ids.tolist(), loss_weights):
-            if kind == "prose":
-                assert (weight == 1).all()
-                continue
-            text = tokenizer.decode(row)
-            answer = re.search(r"(\d{5})\W$", text).group(1)
-            assert row[-1] == 2 and text.count(answer) >= 2 and weight[-7:].min() > 1
-
-
-def test_a_record_asks_for_what_it_holds(tmp_path):
-    """The answer stands behind the same name in the record; names are told apart by nothing else."""
-    model, tokenizer = run(tmp_path)
-    args = train.settings(["--out", str(tmp_path), *SMALL])
-    corpus = train.make_corpus(args, tokenizer, TEXTS, model.config)
-    for seed in range(20):
-        ids, weights = train.record_row(random.Random(seed), "kv", corpus, 300, 2)
-        text = tokenizer.decode(ids)
-        name, answer = re.search(r"of ([a-z-]+)\? \1: (\d{5}),$", text).groups()
-        assert len(ids) == len(weights) + 1 == 301 and f"{name}: {answer}," in text.split("What is")[0]
-
-
-def test_init_starts_from_a_checkpoint(tmp_path):
-    """The same weights and tokenizer; from cosine to dot products, logits of about the same size."""
-    first, _ = run(tmp_path / "cosine", "--cosine", "16", "--store", "float32")
-    model = train.new_model(train.settings(["--out", "x", *SMALL, "--cosine", "16"]))
-    train.start_from(tmp_path / "cosine", model)
-    assert torch.equal(weights(first), weights(model))
-    model = train.new_model(train.settings(["--out", "x", *SMALL]))
-    train.start_from(tmp_path / "cosine", model)
-    x = torch.randn(1000, 16)
-    q, k = (layer(x).unflatten(-1, (-1, 8)).norm(dim=-1).square().mean().sqrt()
-            for layer in (model.model.layers[0].self_attn.q_proj, model.model.layers[0].self_attn.k_proj))
-    assert float((q * k).detach()) == pytest.approx(16 * 8 ** 0.5, rel=0.1)
-    run(tmp_path / "rope", "--init", str(tmp_path / "cosine"))
-    assert (tmp_path / "rope/tokenizer.model").read_bytes() == (tmp_path / "cosine/tokenizer.model").read_bytes()
-    with pytest.raises(ValueError, match="shapes"):
-        run(tmp_path / "wide", "--init", str(tmp_path / "cosine"), "--width", "32")
-    assert not (tmp_path / "wide").exists()
+def test_learning_rate_rises_then_falls():
+    args = train.parse_args(["--out", "x", "--steps", "1000", "--warmup", "10", "--lr", "0.01"])
+    rates = [train.learning_rate(step, args) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.001) and rates[500] == pytest.approx(0.01 * 0.51)
+    assert rates[999] == pytest.approx(0.01 * 0.02, rel=1e-3)
+    assert max(rates) == pytest.approx(0.01, rel=1e-3) and rates.index(max(rates)) == 9
 
 
 def test_updates_of_matrices_are_orthogonal():
     x = torch.randn(48, 20, generator=torch.Generator().manual_seed(0))
-    for shape in (x, x.T):
-        assert 0.6 < float(torch.linalg.svdvals(train.orthogonal(shape)).min())
-        assert float(torch.linalg.svdvals(train.orthogonal(shape)).max()) < 1.3
+    for matrix in (x, x.T):
+        values = torch.linalg.svdvals(train.orthogonal(matrix))
+        assert 0.6 < float(values.min()) and float(values.max()) < 1.3
 
 
-def test_most_needles_are_whole_and_some_are_torn(tmp_path):
-    model, tokenizer = run(tmp_path)
-    args = train.settings(["--out", str(tmp_path), *SMALL])
-    corpus = train.make_corpus(args, tokenizer, TEXTS, model.config)
-    rng, whole = random.Random(0), 0
+# ---- batches
+
+@pytest.mark.parametrize("step, shape, ids_sum, weights_sum", [
+    (0, (56, 74), 638646374, 3320746687), (1200, (16, 257), 3096611862, 4207588464)])
+def test_the_same_numbers_are_drawn_as_ever(step, shape, ids_sum, weights_sum):
+    """Checksums of two batches: with other draws the commands of the shipped checkpoints would make other weights."""
+    args = train.parse_args(["--out", "x"])
+    config = Config.from_hf(TINY)
+    corpus = train.make_corpus(args, load_tokenizer(TINY, config.bos_token_id), TEXTS, config)
+    ids, weights = train.batch(step, args, corpus, config)
+    tenths = (10 * weights).round().int()
+    assert tuple(ids.shape) == shape
+    assert zlib.crc32(str(ids.tolist()).encode()) == ids_sum
+    assert zlib.crc32(str(tenths.tolist()).encode()) == weights_sum
+
+
+@pytest.mark.parametrize("step", [0, 700, 5000])
+def test_batches_are_what_they_say(step, finished, corpus):
+    """As long as each other and no longer than the window; what is no prose ends in an answer of five digits."""
+    args = train.parse_args(["--out", "x", *SMALL])
+    config = Config.from_hf(finished)
+    ids, weights = train.batch(step, args, corpus, config)
+    assert torch.equal(ids, train.batch(step, args, corpus, config)[0])
+    assert ids.shape[1] == weights.shape[1] + 1 <= args.window + 1
+    assert (ids[:, 0] == 1).all() and len(ids) >= len(train.MIX)
+    for kind, row, row_weights in zip(train.kinds(len(ids)), ids.tolist(), weights):
+        if kind == "prose":
+            assert (row_weights == 1).all()
+            continue
+        text = corpus.tokenizer.decode(row)
+        answer = re.search(r"(\d{5})\W$", text).group(1)
+        assert row[-1] == 2 and text.count(answer) >= 2 and row_weights[-7:].min() > 1
+
+
+def test_rows_grow_to_the_window(finished, corpus):
+    args = train.parse_args(["--out", "x", *SMALL, "--grow", "100"])
+    config = Config.from_hf(finished)
+    longest = [max(train.batch(step, args, corpus, config)[0].shape[1] - 1 for step in range(first, first + 8))
+               for first in (0, 100)]
+    assert corpus.shortest <= longest[0] < longest[1] == args.window
+
+
+@pytest.mark.parametrize("task, question", [
+    ("kv", r"of ([a-z-]+)\? \1: (\d{5}),$"), ("lines", r"of line ([a-z-]+)\? line \1: REGISTER_CONTENT is <(\d{5})>$")])
+def test_a_record_asks_for_what_it_holds(task, question, corpus):
+    """The answer stands behind the same name in the record; names are told apart by nothing else."""
+    for seed in range(12):
+        row = train.record_row(random.Random(seed), task, corpus, 300, 2)
+        text = corpus.tokenizer.decode(row.ids)
+        name, answer = re.search(question, text).groups()
+        record = text.split("What is")[0]
+        entry = train.RECORDS[task].entry.format(name=name, value=answer)
+        assert len(row.ids) == len(row.weights) + 1 == 301 and entry in record
+
+
+def test_values_said_again_weigh_more(corpus):
+    """A weight of 8 for the answer and </s>, and for each value of an entry that is said again; 0.1 for the rest."""
+    for seed in range(12):
+        row = train.record_row(random.Random(seed), "kv", corpus, 300, 2)
+        tokenizer = corpus.tokenizer
+        taught = tokenizer.decode([token for token, weight in zip(row.ids[1:], row.weights) if weight == 8])
+        record, asked = tokenizer.decode(row.ids).split("What is")
+        values = re.findall(r"(\d{5}),", record)
+        said_again = [value for k, value in enumerate(values) if value in values[:k]]
+        assert re.findall(r"\d{5}", taught) == [*said_again, re.search(r"\d{5}", asked).group()]
+        assert set(row.weights) == {0.1, 8.0}
+
+
+def test_most_needles_are_whole_and_some_are_torn(corpus):
+    rng = random.Random(0)
+    whole = 0
     for _ in range(200):
-        ids, _ = train.passkey_row(rng, corpus, 300, 2)
-        text = tokenizer.decode(ids)
-        whole += train.NEEDLE.format(key=text[-6:-1]) in text
+        row = train.passkey_row(rng, corpus, 300, 2)
+        text = corpus.tokenizer.decode(row.ids)
+        whole += NEEDLE.format(key=text[-6:-1]) in text
+        assert len(row.ids) == len(row.weights) + 1 == 301
     assert 140 < whole < 190
 
 
-def test_transformers_reads_the_folder(tmp_path):
+# ---- the run
+
+def test_an_interrupted_run_ends_in_the_same_weights(finished, tmp_path, monkeypatch):
+    """Killed one step after a save: that step is done again. With other settings it does not go on."""
+    step = train.train_step
+
+    def dies(number, *rest):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(number, *rest)
+    monkeypatch.setattr(train, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(["--out", str(tmp_path), *SMALL])
+    (tmp_path / "training-state.part").write_bytes(b"half a save")  # what a kill during a save leaves
+    assert (tmp_path / UNFINISHED).exists() and not (tmp_path / "model.safetensors").exists()
+
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(ValueError, match="other settings"):
+        train.run(["--out", str(tmp_path), *SMALL, "--seed", "2"])
+    train.run(["--out", str(tmp_path), *SMALL])
+    assert (tmp_path / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert [entry["step"] for entry in read_curve(tmp_path)] == [2, 4]
+    assert [entry["prose"] for entry in read_curve(tmp_path)] == [entry["prose"] for entry in read_curve(finished)]
+
+
+def test_a_finished_run_is_not_overwritten(finished):
+    assert sorted(file.name for file in finished.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json",
+        "training.json"]
+    with pytest.raises(ValueError, match="finished run"):
+        train.run(["--out", str(finished), *SMALL])
+
+
+def test_the_record_says_how_the_weights_were_made(finished):
+    record = json.loads((finished / "training.json").read_text())
+    model, _ = load(finished)
+    assert record["command"] == " ".join(["python train.py --out", str(finished), *SMALL])
+    assert record["settings"]["kv_heads"] == 1 and "out" not in record["settings"]
+    assert record["parameters"] == sum(weight.numel() for weight in model.parameters())
+    assert {"date", "prose_tokens", "versions", "curve_is"} < record.keys()
+    assert record["curve"][-1].keys() == {"step", "prose", "passkey", "lines", "kv", "seconds"}
+
+
+def test_init_starts_from_a_checkpoint(finished, tmp_path):
+    """The same weights and the same tokenizer; a model of another shape is refused before anything is written."""
+    start = ["--init", str(finished)]
+    model = train.new_model(train.parse_args(["--out", "x", *SMALL]))
+    train.start_from(finished, model)
+    for name, weight in load(finished)[0].named_parameters():
+        assert torch.equal(model.get_parameter(name), weight)
+
+    train.run(["--out", str(tmp_path / "next"), *SMALL, *start, "--steps", "1"])
+    assert (tmp_path / "next" / "tokenizer.model").read_bytes() == (finished / "tokenizer.model").read_bytes()
+    for flags, named in ((["--width", "32"], "shapes"), (["--rope-theta", "10000"], "rope-theta 500")):
+        with pytest.raises(ValueError, match=named):
+            train.run(["--out", str(tmp_path / "other"), *SMALL, *start, *flags])
+    assert not (tmp_path / "other").exists()
+
+
+def test_init_from_cosine_to_dot_products_keeps_the_size_of_logits(tmp_path):
+    """16 cos(q, k) against q.k/sqrt(8): |q| |k| becomes 16 sqrt(8)."""
+    cosine = train.new_model(train.parse_args(["--out", "x", *SMALL, "--cosine", "16"]))
+    train.write_folder(tmp_path, cosine)
+    assert Config.from_hf(tmp_path).cosine_attention == 16
+    model = train.new_model(train.parse_args(["--out", "x", *SMALL]))
+    train.start_from(tmp_path, model)
+    attention = model.model.layers[0].self_attn
+    x = torch.randn(1000, 16)  # rows of a norm: as long on average as there are channels
+    with torch.no_grad():
+        q = attention.q_proj(x).view(1000, 2, 8).square().sum(-1).mean().sqrt()
+        k = attention.k_proj(x).view(1000, 1, 8).square().sum(-1).mean().sqrt()
+    assert float(q * k) == pytest.approx(16 * 8 ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("position", ["nope", "alibi"])
+def test_other_positions_are_in_config_json(position, tmp_path):
+    model = train.new_model(train.parse_args(["--out", "x", *SMALL, "--position", position, "--store", "bfloat16"]))
+    train.write_folder(tmp_path, model)
+    config = Config.from_hf(tmp_path)
+    assert (config.freq, config.dtype) == (position, "bfloat16")
+
+
+def test_transformers_reads_the_folder(finished):
     transformers = pytest.importorskip("transformers")
-    model, tokenizer = run(tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    model, tokenizer = load(finished)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(finished)
     ids = torch.tensor([tokenizer.encode("The old cat sat on the warm mat.")])
     ours = model(ids, model.plan("rope", n=ids.shape[1]))
     assert torch.allclose(ours, theirs(ids).logits, atol=1e-4)
+
+
+# ---- the command line
+
+def test_flags_may_be_spelled_with_underscores():
+    assert train.parse_args(["--out", "x", "--kv_heads", "1"]) == train.parse_args(["--out", "x", "--kv-heads", "1"])
 
 
 @pytest.mark.parametrize("bad", [("--steps", "-1"), ("--heads", "3"), ("--lr", "nan"), ("--window", "10"),
                                  ("--vocab", "5"), ("--batch", "5"), ("--kv-heads", "3", "--heads", "4")], ids=str)
 def test_bad_settings_are_refused_before_anything_is_written(bad, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        run(tmp_path / "new", *bad)
+        train.run(["--out", str(tmp_path / "new"), *SMALL, *bad])
     assert end.value.code == 2 and bad[0].strip("-") in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("bad, named", [(("--vocab", "5000"), "--vocab 5000"), (("--window", "64"), "--window 64")])
+def test_settings_that_do_not_go_together_are_one_clear_line(bad, named, tmp_path, capsys):
+    """A vocabulary that the texts do not yield, and a window that the shortest prompt does not fit into."""
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: train.run(["--out", str(tmp_path), *SMALL, *bad]), "train.py")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and last.startswith(f"train.py: {named}")

@@ -1,0 +1,108 @@
+"""The cache of a LLaMA: un-rotated keys and values of every layer, and the rotated copies that decoding wants.
+
+Does not: choose positions (positions.py) or rotate by itself (rotation.py).
+
+    cache = KVCache(config)
+    k, v = cache.append(layer, k, v)            # all keys and values of the layer, (B, Hkv, Tk, D)
+
+Letters: B batch, Hkv key heads, T tokens, Tk all tokens, D head width.
+"""
+from dataclasses import dataclass
+
+import torch
+
+from plan import same
+from rotation import is_unrotated, rotate_keys
+
+
+class KVCache:
+    """Un-rotated keys and values of every layer, (B, Hkv, size, D) each; size doubles where it was too small.
+
+    Un-rotated, because the position of a cached key depends on the method, the region and the query that looks at it.
+    After two appends of 5 and 3 tokens, append returns views of 8 tokens and len(cache) is 8. Beside them it holds
+    the copies that decoding wants rotated, see rotated().
+    """
+
+    def __init__(self, config, size=64):
+        layers = config.num_hidden_layers
+        self.size = max(size, 1)
+        self.length = [0] * layers
+        self.k = [None] * layers
+        self.v = [None] * layers
+        self.copies = [[] for _ in range(layers)]
+
+    def __len__(self):
+        return self.length[-1]
+
+    def cut(self, length):
+        """Forget all but the first `length` tokens."""
+        self.length = [length] * len(self.length)
+        for copies in self.copies:
+            for copy in copies:
+                copy.positions = copy.positions[:length]
+
+    def append(self, layer, k, v):
+        """Store k, v (B, Hkv, T, D) after what the layer holds; returns views of all its keys and values."""
+        old = self.length[layer]
+        new = old + k.shape[2]
+        while new > self.size:
+            self.size *= 2
+        for stored, fresh in ((self.k, k), (self.v, v)):
+            if stored[layer] is None:
+                stored[layer] = with_room(fresh[:, :, :0], self.size)
+            elif stored[layer].shape[2] < new:
+                stored[layer] = with_room(stored[layer][:, :, :old], self.size)
+            stored[layer][:, :, old:new] = fresh
+        self.length[layer] = new
+        return self.k[layer][:, :, :new], self.v[layer][:, :, :new]
+
+    def rotated(self, layer, plan):
+        """For each of plan.key_positions the layer's keys (B, Hkv, Tk, D) rotated to it; only what is new is computed.
+
+        A copy serves a plan as long as the positions of the keys it holds have not changed; a plan that moves them gets
+        a new one. Self-Extend decodes with two copies, at j and at j // group.
+        """
+        k = self.k[layer][:, :, :self.length[layer]]
+        keys = []
+        for number in range(len(plan.key_positions)):
+            if is_unrotated(plan, number) and plan.cosine is None:
+                keys.append(k)
+                continue
+            copy = next((c for c in self.copies[layer] if c.serves(plan, number)), None)
+            if copy is None:
+                copy = RotatedKeys(plan.rotation_rule(), plan.key_positions[number][:0], k[:, :, :0])
+                self.copies[layer] = [*self.copies[layer][-3:], copy]  # of old plans none is held for ever
+            keys.append(copy.extend(k, plan, number))
+        return keys
+
+
+@dataclass
+class RotatedKeys:
+    """Keys of one layer, rotated for the positions of one key set of a plan."""
+    rule: tuple              # plan.rotation_rule() of the plans that it serves
+    positions: torch.Tensor  # (T,) of the keys held
+    keys: torch.Tensor       # (B, Hkv, room, D), the first T in use
+
+    def serves(self, plan, number):
+        """Whether the keys held stand where plan.key_positions[number] says, and are rotated by the plan's rule."""
+        positions = plan.key_positions[number][:len(self.positions)]
+        return self.rule == plan.rotation_rule() and same(self.positions, positions)
+
+    def extend(self, k, plan, number):
+        """All keys k (B, Hkv, Tk, D) rotated, of which only those that are not held yet are computed."""
+        old = len(self.positions)
+        new = k.shape[2]
+        if self.keys.shape[2] < new:
+            self.keys = with_room(self.keys[:, :, :old], new + new // 2)
+        self.keys[:, :, old:new] = rotate_keys(k[:, :, old:], plan, number, old)
+        self.positions = plan.key_positions[number]
+        return self.keys[:, :, :new]
+
+
+def with_room(x, room):
+    """A copy of x (B, H, T, D) at the start of a tensor (B, H, room, D), which may be written to in and outside of
+    torch.inference_mode alike."""
+    with torch.inference_mode(False):
+        grown = torch.empty(*x.shape[:2], room, x.shape[3], dtype=x.dtype, device=x.device)
+    grown[:, :, :x.shape[2]] = x
+    return grown

@@ -1,0 +1,235 @@
+"""Hugging Face checkpoint folders: config.json and safetensors, read and checked.
+
+Does: find a folder, read the fields that shape a LLaMA and its positions, read weights (one file or sharded), each
+tensor checked by name, shape and type before it is read. Does not: build the network (model.py), read the tokenizer
+(tokenizer.py), or unpickle anything.
+
+    fields = config_fields("llama-7b")                    # for model.Config(**fields)
+    state = read_weights("llama-7b", shapes)              # {name: tensor} for the {name: shape} that is wanted
+"""
+import json
+from pathlib import Path
+
+import safetensors
+
+from frequencies import FREQUENCIES, UNROTATED, whole
+from positions import parameters
+
+# rope_type in config.json -> the row of FREQUENCIES that computes it
+ROPE_TYPES = {"default": "rope", "linear": "pi", "dynamic": "dynamic-ntk", "yarn": "yarn", "llama3": "llama3",
+              "longrope": "longrope"}
+ENCODINGS = ("rope", *UNROTATED)     # values of our key position_encoding
+UNFINISHED = "training-state.pt"     # in a folder that train.py has not finished; it writes and deletes it
+FLOAT_TYPES = ("F64", "F32", "BF16", "F16")
+
+
+def find_checkpoint(name):
+    """The folder of a checkpoint: name itself, or checkpoints/name here or beside this file. FileNotFoundError."""
+    places = [Path(name), Path("checkpoints") / name, Path(__file__).parent / "checkpoints" / name]
+    for place in places:
+        if place.is_dir():
+            return place
+    raise FileNotFoundError(f"no checkpoint folder {name} (looked at {', '.join(map(str, places))})")
+
+
+def refuse_unfinished(path):
+    """ValueError for a folder that train.py is not done with."""
+    if (Path(path) / UNFINISHED).exists():
+        raise ValueError(f"{path}: an unfinished run of train.py; the same command finishes it")
+
+
+def read_json(path):
+    """The JSON object in a file; FileNotFoundError or ValueError that names it."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent}: no {path.name} in this folder")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return data
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json
+
+def config_fields(path, train_len=None):
+    """The keyword arguments of model.Config for a checkpoint folder; train_len overrides the training length L.
+
+    Raises ValueError or FileNotFoundError that names the file and what is missing or unsupported.
+    """
+    file = Path(path) / "config.json"
+    raw = read_json(file)
+    try:
+        return fields_of(raw, train_len)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OPTIONAL = ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings",
+            "attention_bias", "mlp_bias", "cosine_attention")
+
+
+def fields_of(raw, train_len=None):
+    """The keyword arguments of model.Config for the contents of a config.json."""
+    kind = raw.get("model_type", "llama")
+    activation = raw.get("hidden_act", "silu")
+    window = raw.get("sliding_window")
+    if kind not in ("llama", "mistral") or activation != "silu" or window:
+        raise ValueError(f"not a LLaMA: model_type {kind}, hidden_act {activation}, sliding_window {window}")
+    fields = {name: whole(name, raw.get(name)) for name in SIZES}
+    fields |= {name: raw[name] for name in OPTIONAL if raw.get(name) is not None}
+    heads = raw["num_attention_heads"]
+    fields.setdefault("num_key_value_heads", heads)
+    fields.setdefault("head_dim", raw["hidden_size"] // heads)
+    fields["bos_token_id"] = raw.get("bos_token_id", 1)
+    fields["eos_token_id"] = eos_tokens(raw.get("eos_token_id", 2))
+    fields["dtype"] = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    fields |= position_fields(raw)
+    fields["train_len"] = train_len or fields["train_len"]
+    return fields
+
+
+def eos_tokens(value):
+    """The token ids that end a text, as a tuple: config.json has one, a list or null."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def position_fields(raw):
+    """Config's freq, freq_params, rope_theta and train_len, from rope_scaling or the newer rope_parameters."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling must be an object, not {rope!r}")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"unknown rope_type {kind!r}; known are {', '.join(ROPE_TYPES)}")
+    if (rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor is not supported")
+    encoding = raw.get("position_encoding", "rope")
+    if encoding not in ENCODINGS:
+        raise ValueError(f"unknown position_encoding {encoding!r}, not one of {ENCODINGS}")
+    L = (rope.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
+         or raw.get("max_position_embeddings", 2048))
+    if encoding != "rope":
+        return {"freq": encoding, "train_len": L}
+
+    settings = dict(rope)
+    if kind == "longrope" and settings.get("factor") is None:
+        settings["factor"] = raw.get("max_position_embeddings", L) / L
+    if kind != "default" and settings.get("factor") is None:
+        raise ValueError(f"rope_type {kind!r} has no factor")
+    settings["original_max_position_embeddings"] = L  # --train-len must not bend the frequencies of the checkpoint
+    known = parameters(FREQUENCIES[ROPE_TYPES[kind]])
+    theta = rope.get("rope_theta")
+    if theta is None:
+        theta = raw.get("rope_theta")
+    return {"freq": ROPE_TYPES[kind], "freq_params": {name: settings[name] for name in known if name in settings},
+            "rope_theta": 10000.0 if theta is None else theta, "train_len": L}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# weights
+
+def read_weights(path, shapes, dtype=None, device="cpu"):
+    """{name: tensor} for the {name: shape} wanted of a folder; dtype None keeps the stored type.
+
+    Where neither type nor device changes, weights that would fill more than a quarter of the free memory stay
+    memory-mapped files; smaller ones are copied, as decoding reads memory of its own faster.
+    Raises ValueError or FileNotFoundError, naming file and tensor, for what is missing, extra, misshapen or of a type
+    that is no float.
+    """
+    files = weight_files(Path(path))
+    copied = weight_bytes(path) < available_memory() / 4
+    state = {}
+    for file in sorted(files, key=file_size, reverse=True):  # what is mapped while it is copied gets smaller
+        for name in checked_names(file, files[file], shapes):
+            state[name] = read_tensor(file, name, dtype, device, copied)
+    missing = sorted(shapes.keys() - state.keys())
+    if missing:
+        raise ValueError(f"{path}: the checkpoint lacks {len(missing)} tensors, among them {missing[0]}")
+    return state
+
+
+def weight_files(path):
+    """{safetensors file: tensor names it should hold, or None for whatever is there}."""
+    single = path / "model.safetensors"
+    index = path / "model.safetensors.index.json"
+    if single.is_file():
+        return {single: None}
+    if index.is_file():
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+            raise ValueError(f"{index}: no weight_map from tensor names to files")
+        files = {}
+        for name, file in places.items():
+            files.setdefault(path / file, []).append(name)
+        return files
+    pickles = sorted(p.name for ending in ("*.bin", "*.pth", "*.pt") for p in path.glob(ending))
+    if pickles:
+        raise ValueError(f"{path}: {pickles[0]} is a pickle, which can run code when read; convert it to safetensors")
+    raise FileNotFoundError(f"{path}: no model.safetensors and no model.safetensors.index.json in this folder")
+
+
+def weight_bytes(path):
+    """Bytes of the weight files of a folder."""
+    return sum(file_size(file) for file in weight_files(Path(path)))
+
+
+def file_size(file):
+    return file.stat().st_size if file.is_file() else 0
+
+
+def available_memory():
+    """Bytes of memory that are free, or what most machines have."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    except (OSError, StopIteration):
+        return 8 * 2 ** 30
+
+
+def checked_names(file, names, shapes):
+    """The tensors to read from a file, each there, wanted, of its shape and of floats; names None: all it holds."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: the index names this file, but it is not there")
+    checked = []
+    try:
+        with safetensors.safe_open(file, framework="pt", device="cpu") as f:
+            held = set(f.keys())
+            for name in sorted(held if names is None else names):
+                if name not in held:
+                    raise ValueError(f"{file}: the index says that {name} is here, but it is not")
+                tied_head = name == "lm_head.weight" and name not in shapes
+                if name.endswith("rotary_emb.inv_freq") or tied_head:
+                    continue
+                tensor = f.get_slice(name)
+                check_tensor(file, name, tuple(tensor.get_shape()), tensor.get_dtype(), shapes)
+                checked.append(name)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+    return checked
+
+
+def check_tensor(file, name, shape, dtype, shapes):
+    """ValueError unless this tensor is wanted, of the shape that is wanted, and of floats."""
+    if name not in shapes:
+        raise ValueError(f"{file}: unexpected tensor {name} {shape}")
+    if shape != shapes[name]:
+        raise ValueError(f"{file}: {name} has shape {shape}, config.json implies {shapes[name]}")
+    if dtype not in FLOAT_TYPES:
+        raise ValueError(f"{file}: {name} is not of a float type, and quantised weights are not supported")
+
+
+def read_tensor(file, name, dtype, device, copied):
+    """One tensor, mapped to the file or copied from it; its file is opened for it alone, so that no more of it is held
+    than is in use."""
+    with safetensors.safe_open(file, framework="pt", device="cpu") as f:
+        mapped = f.get_tensor(name)
+    tensor = mapped.to(device=device, dtype=dtype)
+    return tensor.clone() if copied and tensor is mapped else tensor

@@ -1,0 +1,324 @@
+"""What the scripts share: flags, opening a checkpoint, errors in one line, tables, and a results file that can resume.
+
+Does not: run a model. Nothing here knows what a script measures.
+
+    parser, flag = new_parser(__doc__)
+    path, config, tokenizer = open_checkpoint(parser.parse_args())
+"""
+import argparse
+import ctypes
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from attention import IMPLEMENTATIONS
+from checkpoint import find_checkpoint, refuse_unfinished
+from geometry import METHODS
+from model import DTYPES, Config
+from positions import Method
+from tokenizer import load_tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# running a script
+
+def run_command(run, name):
+    """Run a script and exit with the code that it returns; bad input is one line on stderr, "name: ...", and code 2."""
+    try:
+        code = run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of stdout has gone; Python would complain again when it flushes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except (ValueError, OSError, OverflowError) as error:
+        say(f"{name}: {error}")
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def say(text, end="\n"):
+    """Print to stderr: all that is not a result."""
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def settings_line(settings):
+    """{"a": 1, "b": [2, 3]} -> "a=1 b=2,3"."""
+    parts = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            value = ",".join(str(item) for item in value)
+        parts.append(f"{name}={value}")
+    return " ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags
+
+def new_parser(doc):
+    """(parser, flag) of a script that runs a checkpoint: plain_parser with the flags about the model in it."""
+    parser, flag = plain_parser(doc)
+    flag("ckpt", default="tiny", help="a folder, or a name in this one or in checkpoints/")
+    flag("dtype", choices=["auto", *DTYPES], default="auto")
+    flag("device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
+    flag("impl", choices=IMPLEMENTATIONS, default="auto", help="how attention is computed")
+    flag("train-len", type=number(int, 1), help="override the training length L of config.json")
+    return parser, flag
+
+
+def plain_parser(doc):
+    """(parser, flag) of a script with this docstring; flag("kv-heads") adds --kv-heads, which --kv_heads means too.
+
+    flag("methods", "method") adds one flag with two names; the first names the attribute.
+    """
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False,
+                                     usage="%(prog)s [flags]; --help lists them")
+
+    def flag(*names, **options):
+        spellings = []
+        for name in names:
+            spellings.append(f"--{name}")
+            if "-" in name:
+                spellings.append(f"--{name.replace('-', '_')}")
+        parser.add_argument(*spellings, **options)
+    return parser, flag
+
+
+def number(kind, least, most=float("inf")):
+    """An argparse type: a number of this kind, int or float, between least and most."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return value
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+def counts(text):
+    """An argparse type: "256,1024" -> [256, 1024], all at least 1."""
+    parse = number(int, 1)
+    return [parse(part) for part in text.split(",")]
+
+
+def method_list(text):
+    """An argparse type: methods, as text, from a comma-separated list. See positions.Method for how one is written.
+
+    What has no name but a "=" goes on with the method before it, and a list keeps its commas:
+    "mesa:first=16,last=8,rope" -> ["mesa:first=16:last=8", "rope"].
+    """
+    methods = []
+    for part in re.split(r",(?![^\[]*\])", text):
+        is_setting = "=" in part.split(":")[0]
+        if is_setting and methods:
+            methods[-1] += f":{part}"
+        elif part:
+            methods.append(part)
+    if not methods:
+        raise argparse.ArgumentTypeError("no method given")
+    return methods
+
+
+def methods_asked(config, asked, default):
+    """The Methods of the texts asked for. None means the default texts and ["all"] every row of METHODS, of these only
+    what the model can take."""
+    if asked is None:
+        candidates = dict.fromkeys(default)
+    elif asked == ["all"]:
+        candidates = METHODS
+    else:
+        return [Method.parse(text) for text in asked]
+    methods = [Method.parse(text) for text in candidates]
+    return [method for method in methods if can_take(config, method)]
+
+
+def can_take(config, method):
+    """Whether a model has what a method needs: rotary frequencies to change, or factors that a config.json holds."""
+    try:
+        method.plan(config, n=2)
+    except ValueError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model asked for
+
+def open_checkpoint(args):
+    """(folder, Config, Tokenizer) of --ckpt and --train-len."""
+    path = find_checkpoint(args.ckpt)
+    refuse_unfinished(path)
+    config = Config.from_hf(path, args.train_len)
+    return path, config, load_tokenizer(path, config.bos_token_id)
+
+
+def place(args, config):
+    """(device, torch dtype) of --device and --dtype, with malloc set for running a model there."""
+    keep_freed_memory()
+    device = pick_device(args.device)
+    return device, pick_dtype(args.dtype, config.dtype, device)
+
+
+def pick_device(name):
+    """The torch device for --device; "auto" is the best one there is."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device in here if here[device])
+    if not here[name]:
+        raise ValueError(f"--device {name}: this machine has none")
+    return name
+
+
+def pick_dtype(name, stored, device):
+    """The torch dtype for --dtype; "auto" is as stored, but bfloat16 for float16 on a CPU, which is slow at it."""
+    if name == "auto":
+        name = stored
+        if stored == "float16" and device == "cpu":
+            name = "bfloat16"
+    if name not in DTYPES:
+        raise ValueError(f"weights of type {name} are not supported; there are {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def type_name(dtype):
+    """torch.float32 -> "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def keep_freed_memory(most=2 ** 29, block=2 ** 25):
+    """Let malloc keep up to `most` bytes of freed memory, in blocks below `block` bytes, for what comes next.
+
+    Memory given back and taken anew costs a page fault per 4 KiB, up to a quarter of a long prefill on a CPU. Where
+    malloc is not glibc's, nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(-1, most)   # M_TRIM_THRESHOLD
+    mallopt(-3, block)  # M_MMAP_THRESHOLD
+
+
+def compile_dense(model):
+    """Let torch.compile fuse all of a Llama but its attention, in place: takes about a minute at the first tokens.
+
+    Raises ValueError where there is no C++ compiler.
+    """
+    if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        raise ValueError("torch.compile needs a C++ compiler (g++ or clang++), and there is none")
+    for block in model.model.layers:
+        for part in (block.input_layernorm, block.post_attention_layernorm, block.mlp):
+            part.compile(dynamic=True)
+
+
+def peak_memory(device):
+    """Peak memory in bytes: of the accelerator on cuda, else of the process; None where the platform does not say."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def read_text(path):
+    """The text of a UTF-8 file, - for stdin; ValueError where it is something else."""
+    raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# results
+
+class Results:
+    """A file of results that an interrupted run continues: a JSON object a line, each written as soon as it is known.
+
+    rows: {key: row} of the rows in the file that were made with the same settings; a row's key is its values of
+    key_fields. Rows of other settings stay in the file, and are not in rows.
+    """
+
+    def __init__(self, path, settings, key_fields):
+        self.path = Path(path)
+        self.settings = settings
+        self.key_fields = key_fields
+        self.rows = {}
+        for row in read_rows(self.path):
+            if all(row.get(name) == value for name, value in settings.items()):
+                self.rows[self.key(row)] = row
+
+    def key(self, row):
+        return tuple(row[name] for name in self.key_fields)
+
+    def add(self, rows):
+        """Append the rows that are not there yet, in one write."""
+        fresh = [{**row, **self.settings} for row in rows if self.key(row) not in self.rows]
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in fresh))
+        for row in fresh:
+            self.rows[self.key(row)] = row
+
+
+def read_rows(path):
+    """The rows of a results file, none where there is no file. Half a line at its end, which a killed run has left, is
+    cut off. ValueError for a line that is no result."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
+        os.truncate(path, end)
+    rows = []
+    for count, line in enumerate(data[:end].splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: line {count} is not a result; choose another --results file")
+        rows.append(row)
+    return rows
+
+
+def select(rows, **where):
+    """The rows with these values: select(rows, method="mesa", length=256)."""
+    return [row for row in rows if all(row[name] == value for name, value in where.items())]
+
+
+def accuracy(rows):
+    """The share of rows that are correct; nan of no rows."""
+    if not rows:
+        return float("nan")
+    return sum(row["correct"] for row in rows) / len(rows)
+
+
+def markdown(header, rows):
+    """A table as markdown: the cells of the header, and of every row."""
+    rule = "|---" * len(header) + "|"
+    head, *lines = ["| " + " | ".join(str(cell) for cell in cells) + " |" for cells in [header, *rows]]
+    return "\n".join([head, rule, *lines])
+
+
+def short_hash(data):
+    """16 hexadecimal digits that tell these bytes from others."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def fingerprint(path):
+    """A short hash of a checkpoint: its config, and the name, size and first megabyte of its weight files."""
+    data = (path / "config.json").read_bytes()
+    for file in sorted(path.glob("*.safetensors")):
+        with open(file, "rb") as weights:
+            data += f"{file.name} {file.stat().st_size}".encode() + weights.read(2 ** 20)
+    return short_hash(data)

@@ -1,0 +1,172 @@
+"""What a plan is: for every query, the intervals of keys it sees and their distances, as a few vectors.
+
+A Region is the geometry, a Plan all that attention has to know about positions. Does: hold them, check their promises,
+count and measure. Does not: make them (geometry.py, positions.py) or execute them (attention.py).
+
+    plan = Plan([Region(i, j, 0 * i, i + 1)])              # plain causal attention, without rotation
+
+Letters: i absolute query indices, j absolute key indices, Tq queries, Tk keys, D width of a head, H query heads.
+"""
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Region:
+    """Query i sees the keys start[i] <= j < end[i], each at the distance q_pos[i] - k_pos[j].
+
+    Over the queries that see something neither bound ever falls; the regions of one query are disjoint; no key comes
+    after its query, no distance is negative, and none is larger than that of the first key of an interval.
+    Example, ReRoPE with window 3: query 5 sees 3 4 5 at 2 1 0 in its near region (q_pos 5, k_pos 3 4 5) and
+    0 1 2 at 3 3 3 in its far region (q_pos 3, k_pos 0 0 0).
+    """
+    q_pos: Tensor  # (Tq,)
+    k_pos: Tensor  # (Tk,)
+    start: Tensor  # (Tq,) first key seen
+    end: Tensor    # (Tq,) one past the last key seen; end <= start where nothing is seen
+
+
+@dataclass
+class Plan:
+    """All that attention has to know about positions, for the queries i and the keys j it was made for."""
+    regions: list[Region]
+    inv_freq: Tensor | None = None   # (r/2,) float64 radians per token, r <= D the rotary width; None: no rotation
+    mscale: float = 1.0              # multiplies cos and sin, hence the rotated part of the logits by its square (YaRN)
+    q_scale: Tensor | None = None    # (Tq,) float64 factor on all logits of a query
+    slopes: Tensor | None = None     # (H,) ALiBi: slope * distance is subtracted from the logits
+    cosine: float | None = None      # CosScale: logits are this times the cosine of q and k, not q.k/sqrt(D)
+    interleaved: bool = False        # which channels are a pair: (2p, 2p + 1), else (p, p + r/2)
+    key_positions: list[Tensor] = field(init=False)  # the distinct k_pos of the regions: a key is rotated once for each
+    key_set: list[int] = field(init=False)           # for each region, the number of its k_pos among them
+    memory: dict = field(init=False, default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self):
+        self.key_positions, self.key_set = [], []
+        for region in self.regions:
+            number = 0
+            while number < len(self.key_positions) and not same(self.key_positions[number], region.k_pos):
+                number += 1
+            if number == len(self.key_positions):
+                self.key_positions.append(region.k_pos)
+            self.key_set.append(number)
+
+    @property
+    def Tq(self):
+        return len(self.regions[0].q_pos)
+
+    @property
+    def Tk(self):
+        return len(self.regions[0].k_pos)
+
+    def shared(self, key, make):
+        """make(), computed once and remembered under a key: what all layers of a forward pass need alike."""
+        if key not in self.memory:
+            self.memory[key] = make()
+        return self.memory[key]
+
+    def rotation_rule(self):
+        """What decides, beside positions, how keys are rotated: equal for plans that can share rotated keys."""
+        def rule():
+            inv_freq = None if self.inv_freq is None else tuple(self.inv_freq.tolist())
+            return inv_freq, self.mscale, self.cosine, self.interleaved
+        return self.shared("rotation rule", rule)
+
+    def last(self):
+        """The plan of the last query alone."""
+        regions = [Region(r.q_pos[-1:], r.k_pos, r.start[-1:], r.end[-1:]) for r in self.regions
+                   if r.end[-1] > r.start[-1]]
+        return replace(self, regions=regions, q_scale=None if self.q_scale is None else self.q_scale[-1:])
+
+
+def same(a, b):
+    """Whether two vectors of positions are equal."""
+    return a is b or (a.dtype == b.dtype and torch.equal(a, b))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the promises of Region, checked
+
+def check_regions(method, regions, i, Tk):
+    """ValueError, with the method, the first query concerned and the rule, where regions break a promise of Region.
+
+    In O(Tq + Tk). Executors rely on every one of these rules.
+    """
+    def refuse(bad, queries, rule):
+        if bool(bad.any()):
+            query = int(queries[bad.nonzero()[0]])
+            raise ValueError(f"{method}: query {query} {rule}")
+
+    if not regions:
+        raise ValueError(f"{method}: query {int(i[0])} sees no key at all: the geometry has no region")
+    for number, r in enumerate(regions):
+        where = f"in region {number + 1}"
+        lengths = [len(r.q_pos), len(r.start), len(r.end), len(r.k_pos)]
+        if lengths != [len(i), len(i), len(i), Tk]:
+            raise ValueError(f"{method}: query {int(i[0])} has no place {where}: q_pos, start, end and k_pos have "
+                             f"lengths {lengths} for {len(i)} queries and {Tk} keys")
+        visible = r.end > r.start
+        queries, start, end = i[visible], r.start[visible], r.end[visible]
+        refuse((start < 0) | (end > Tk), queries, f"sees keys outside of 0..{Tk - 1} {where}")
+        refuse(end > queries + 1, queries, f"sees keys that come after it {where}")
+        refuse(start.diff() < 0, queries[1:], f"sees an earlier first key than a query before it {where}")
+        refuse(end.diff() < 0, queries[1:], f"sees an earlier last key than a query before it {where}")
+        if len(queries):
+            nearest = r.q_pos[visible] - largest_within(r.k_pos, start, end)
+            refuse(~(nearest >= 0), queries, f"is at a negative distance from a key {where}")
+
+    starts = torch.stack([torch.where(r.end > r.start, r.start, Tk) for r in regions])
+    ends = torch.stack([torch.where(r.end > r.start, r.end, Tk) for r in regions])
+    starts, order = starts.sort(0)
+    ends = ends.gather(0, order)
+    refuse((ends[:-1] > starts[1:]).any(0), i, "sees a key in two regions: they overlap")
+    refuse((starts[0] == Tk), i, "sees no key at all")
+
+
+def largest_within(values, start, end):
+    """max(values[start:end]) (Tq,) of every interval, none of them empty."""
+    if len(start) == 1:  # decoding
+        return values[int(start):int(end)].max()[None]
+    if bool((values.diff() >= 0).all()):
+        return values[end - 1]
+    # maxima of 1, 2, 4, ... neighbours; two of the largest that fits cover an interval
+    neighbours = values
+    size = 1
+    out = torch.empty(len(start), dtype=values.dtype)
+    while size <= int((end - start).max()):
+        fits = (end - start >= size) & (end - start < 2 * size)
+        out[fits] = torch.maximum(neighbours[start[fits]], neighbours[end[fits] - size])
+        neighbours = torch.maximum(neighbours[:-size], neighbours[size:])
+        size *= 2
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# looking at a plan
+
+def visible_keys(plan):
+    """Number of keys that each query sees, (Tq,) int64. Its sum is the cost of the method in (query, key) pairs."""
+    return sum((r.end - r.start).clamp(min=0) for r in plan.regions)
+
+
+def distance(plan):
+    """The (Tq, Tk) float64 matrix of distances, nan where a key is unseen. For tests and pictures: it is T x T.
+
+    Raises ValueError if two regions overlap.
+    """
+    out = torch.full((len(plan.regions[0].q_pos), len(plan.regions[0].k_pos)), math.nan, dtype=torch.float64)
+    j = torch.arange(out.shape[1])
+    for r in plan.regions:
+        inside = (j >= r.start[:, None]) & (j < r.end[:, None])
+        if bool((inside & ~out.isnan()).any()):
+            raise ValueError("two regions overlap")
+        out = torch.where(inside, (r.q_pos[:, None] - r.k_pos).double(), out)
+    return out
+
+
+def farthest(r):
+    """The largest distance in a region: that of the first key of some query's interval."""
+    visible = r.end > r.start
+    return float((r.q_pos[visible] - r.k_pos[r.start[visible]]).max())

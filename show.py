@@ -1,0 +1,541 @@
+"""What a method does, in text and in pictures: distances, costs, how far it reaches; and every plot of the project.
+
+Does: draw distance matrices, count pairs and memory, find the longest prompt that stays within the training length,
+warn of longer ones, plot the results of the evaluations. Does not: run a model.
+
+    python show.py mesa                                            # a small example as text, and what it costs
+    python show.py mesa:first=2:chunk=4:width=2 --length 12 --train-len 6
+    python show.py all --plot methods.png                          # every method in one picture
+"""
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from cli import accuracy, plain_parser, run_command, select, type_name
+from frequencies import FREQUENCIES, SCALES, UNROTATED, pick, rope, whole
+from geometry import METHODS, cosscale, full
+from model import Llama
+from plan import Region, distance, farthest, visible_keys
+from positions import Method, make_plan, parameters, parse_settings
+from rotation import is_unrotated
+
+LONGEST = 2 ** 20  # tokens at which the search for a method's reach ends
+PRINTABLE = 4096   # tokens of the longest example that is printed as text
+SAMPLES = 24       # tokens in the picture of a real prompt
+GROWS = {          # the parameter of a method or frequency rule that, made larger, lets it serve a longer prompt
+    "leaky-rerope": "k",
+    "self-extend":  "group",
+    "stair":        "width",
+    "mesa":         "width",
+    "pi":           "factor",
+    "ntk":          "factor",
+    "ntk-mixed":    "factor",
+    "yarn":         "factor",
+    "llama3":       "factor",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a plan as text
+
+def picture(plan):
+    """The distance matrix as text: a row per query, as far as the last key it sees, and a dot for an unseen key."""
+    rows = [[cell(number) for number in row] for row in distance(plan).tolist()]
+    width = 1 + max(len(text) for row in rows for text in row)
+    lines = []
+    for row in rows:
+        last_seen = max(j for j, text in enumerate(row) if text != ".")
+        lines.append("".join(text.rjust(width) for text in row[:last_seen + 1]))
+    return "\n".join(lines)
+
+
+def cell(number):
+    """A distance in three digits, or as many as its whole part has."""
+    if math.isnan(number):
+        return "."
+    if number < 999.5:
+        return f"{number:.3g}"
+    return f"{number:.0f}"
+
+
+def describe(plan, n):
+    """Lines on what a plan of n queries and n keys costs: its regions, their largest distances, attended pairs."""
+    lines = []
+    for number, r in enumerate(plan.regions, 1):
+        visible = (r.end - r.start).clamp(min=0)
+        lines.append(f"region {number}: {int((visible > 0).sum())} queries, {int(visible.sum())} pairs, "
+                     f"largest distance {farthest(r):.6g}")
+    pairs = int(visible_keys(plan).sum())
+    causal = n * (n + 1) // 2
+    lines.append(f"attended pairs: {pairs}, {pairs / causal:.1%} of full causal attention ({causal})")
+    return lines
+
+
+def list_methods():
+    """Every method as text: the sentence that explains it, its parameters, its attention scale."""
+    lines = []
+    for name, (geometry, freq, scale) in METHODS.items():
+        functions = geometry, FREQUENCIES.get(freq), SCALES.get(scale)
+        lines.append(f"{name:13} {first_sentence(*functions)}")
+        lines.append(f"{'':13} parameters: {settings_text(*functions)}; attention scale: {scale_text(freq, scale)}")
+    return "\n".join(lines)
+
+
+def first_sentence(geometry, rule, scale):
+    """The first line of the docstring of what makes a method: its geometry, unless that is the plain one."""
+    function = geometry
+    if geometry is full:
+        function = rule or scale
+    line = function.__doc__.split("\n")[0]
+    return " ".join(line.split())
+
+
+def settings_text(*functions):
+    """The parameters of these functions and their defaults: "window=auto, power=1.0"."""
+    settings = parameters(*functions)
+    if cosscale in functions:
+        settings = {"cosine": 32}
+    texts = [f"{name}={'auto' if default is None else default}" for name, default in settings.items()]
+    return ", ".join(texts) or "none"
+
+
+def scale_text(freq, scale):
+    """The attention scale of a row of METHODS; YaRN's is a factor on cos and sin, called mscale."""
+    if scale is None and freq in ("yarn", "dynamic-yarn"):
+        return "mscale"
+    return scale or "none"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# how far a method reaches
+
+def first_plan(plan):
+    """The plan itself; of a list with a plan for each layer, that of the first layer."""
+    if isinstance(plan, list):
+        return plan[0]
+    return plan
+
+
+def last_query_plan(config, method, n, total):
+    """The plan of the last of `total` tokens, the first n of which are the prompt."""
+    return first_plan(method.plan(config, n, torch.tensor([total - 1]), torch.arange(total)))
+
+
+def slowdown(plan, base=1e4):
+    """The speed of the slowest channel pair that turns at all, in that of plain RoPE's pair of the same index.
+
+    1/factor for pi; 0 where nothing turns.
+    """
+    if plan.inv_freq is None or not plan.inv_freq.any():
+        return 0.0
+    turning = plan.inv_freq.where(plan.inv_freq > 0, torch.inf)
+    slowest = int(turning.argmin())
+    plain, _ = rope(2 * len(plan.inv_freq), base, 1, 1)
+    return float(plan.inv_freq[slowest] / plain[slowest])
+
+
+def within(plan, L, base=1e4):
+    """Whether no distance of a plan, as its slowest channel pair turns, reaches L. Where nothing turns, none does."""
+    return slowdown(plan, base) * largest_distance(plan) < L
+
+
+def largest_distance(plan):
+    return max(farthest(region) for region in plan.regions)
+
+
+def longest(fits, most):
+    """The largest m <= most with fits(m), for a fits that holds up to some m and not beyond; 0 where it never holds."""
+    low = 0   # fits(low) holds, or low is 0
+    high = 1
+    while high <= most and fits(high):
+        low = high
+        high = 2 * high
+    while high - low > 1 and low < most:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def reach(config, method):
+    """The longest prompt, in tokens, whose last token is within(L); at most LONGEST, where the search ends.
+
+    Examples: rope L, self-extend (L - window) group + window, leaky-rerope window + k (L - window), pi factor * L.
+    """
+    def fits(n):
+        plan = last_query_plan(config, method, n, n)
+        return within(plan, config.train_len, config.rope_theta)
+    return longest(fits, LONGEST)
+
+
+def advice(name, freq, n, fits):
+    """What would make a prompt of n tokens fit, "--set group=12", by trying values of the parameter that GROWS names.
+
+    freq: the frequency rule of a method that has none of its own. fits({"group": 12}) says whether that would do.
+    """
+    parameter = GROWS.get(name) or GROWS.get(METHODS[name][1] or freq)
+    no_way = "choose a method that reaches further"
+    if parameter is None:
+        return no_way
+
+    def too_small(value):
+        return not fits({parameter: value})
+
+    value = 1 + longest(too_small, 4 * n)
+    if value > 4 * n:
+        return no_way
+    return f"--set {parameter}={value} would do"
+
+
+def warnings(config, method, n, new=0):
+    """Sentences on what the model was not trained for, and on a prompt of n tokens, or the `new` tokens decoded after
+    it, beyond the reach of a method."""
+    total = n + new
+
+    def fits(settings):
+        plan = last_query_plan(config, Method.of(method, **settings), n, total)
+        return within(plan, config.train_len, config.rope_theta)
+
+    sentences = untrained(config, method)
+    if not fits({}):
+        name = method.name or config.freq
+        far = largest_distance(last_query_plan(config, method, n, total))
+        way_out = advice(name, method.freq or config.freq, total, fits)
+        sentences.append(f"{name} puts tokens {far:.6g} apart by token {total}, beyond the training length "
+                         f"{config.train_len}: {way_out}")
+    return sentences
+
+
+def untrained(config, method):
+    """Sentences on positions, or a kind of attention, that a model would have to be trained with."""
+    sentences = []
+    rule = config.freq
+    if method.name in FREQUENCIES:
+        rule = method.name
+    rule = method.freq or rule
+    if rule != config.freq and rule in UNROTATED:
+        sentences.append(f"this model was trained with {config.freq}, not {rule}: expect nonsense")
+    wants_cosine = method.name == "cosscale" or method.params.get("cosine")
+    if wants_cosine and not config.cosine_attention:
+        sentences.append("this model was not trained with cosine attention: expect nonsense")
+    return sentences
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a method does with a prompt
+
+def method_note(config, method):
+    """The name of a method, and what becomes of the frequencies that config.json asks for."""
+    note = method.name or f"{config.freq} (config.json)"
+    if method.name and config.freq != "rope":
+        _, own_freq, _ = METHODS[method.name]
+        kept = (method.freq or own_freq) in (None, config.freq)
+        note += f" ({config.freq} of config.json {'kept' if kept else 'dropped'})"
+    if method.freq:
+        note += f" freq={method.freq}"
+    return note
+
+
+def explain(config, method, n, new=0, dtype=torch.float32):
+    """What a method does with a prompt of n tokens, as text: pairs, reach, a small picture; and the memory of weights
+    and cache in a torch dtype, with `new` tokens after the prompt."""
+    L = config.train_len
+    plan = first_plan(method.plan(config, n))
+    asked = str(method) if method.name else f"{config.freq}{method}"
+    lines = [f"{asked}: prompt of {n} tokens, training length {L} ({n / L:.3g} times)", *describe(plan, n)]
+    if plan.q_scale is not None:
+        lines.append(f"attention scale: {float(plan.q_scale.min()):.3f} to {float(plan.q_scale.max()):.3f}")
+    if plan.mscale != 1:
+        lines.append(f"logits times {plan.mscale ** 2:.3f}")
+    lines.append(reach_text(config, method))
+    lines.append(memory_text(config, method, n, new, dtype))
+    which = f"{SAMPLES} of the {n} tokens, evenly spread" if n > SAMPLES else "all tokens"
+    lines.append(f"{which}: how far from each are those before it")
+    lines.append(small_picture(config, method, n))
+    return "\n".join(lines)
+
+
+def reach_text(config, method):
+    settings = "these parameters" if method.params else "parameters that follow its length"
+    tokens = reach(config, method)
+    limit = f"{tokens} tokens" if tokens < LONGEST else "no limit below 2^20 tokens"
+    return f"reach of a prompt with {settings}: {limit}"
+
+
+def memory_text(config, method, n, new, dtype):
+    weights = weight_count(config) * dtype.itemsize
+    keys = key_count(config, n + new) * dtype.itemsize
+    rotated_keys = keys * rotated_copies(last_query_plan(config, method, n, n + 1))
+    return (f"memory: weights {mebibytes(weights)} in {type_name(dtype)}, cache {mebibytes(2 * keys)} for the prompt "
+            f"and {new} new tokens, keys rotated for decoding {mebibytes(rotated_keys)}")
+
+
+def mebibytes(count):
+    return f"{count / 2**20:.1f} MiB"
+
+
+def weight_count(config):
+    """How many numbers a model of this config has as weights."""
+    with torch.device("meta"):
+        model = Llama(config)
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def key_count(config, tokens):
+    """How many numbers the keys of so many tokens are, in all layers; their values are as many."""
+    return tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+
+def rotated_copies(plan):
+    """How often the cache holds the keys that this plan of one query sees in rotated form."""
+    numbers = range(len(plan.key_positions))
+    return sum(plan.cosine is not None or not is_unrotated(plan, number) for number in numbers)
+
+
+def small_picture(config, method, n):
+    """The distances between up to SAMPLES tokens, evenly spread over a prompt of n, as text."""
+    samples = torch.linspace(0, n - 1, min(n, SAMPLES)).round().long()
+    plan = first_plan(method.plan(config, n, samples, torch.arange(n)))
+    return picture(with_keys(plan, samples))
+
+
+def with_keys(plan, keys):
+    """The plan for these keys alone, indices in rising order: keys 0 10 20 of an interval [5, 25) are [1, 3)."""
+    regions = []
+    for r in plan.regions:
+        start = torch.searchsorted(keys, r.start)
+        end = torch.searchsorted(keys, r.end)
+        regions.append(Region(r.q_pos, r.k_pos[keys], start, end))
+    return replace(plan, regions=regions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# accuracy in the terminal
+
+def heatmap(rows, method, lengths, cells, in_colour):
+    """A method's accuracy in the terminal: a line per depth, a column per length, red to green where in colour."""
+    lines = [f"{method}: accuracy by depth (down) and length"]
+    for cell in range(cells):
+        line = f"{cell / cells:4.0%}-{(cell + 1) / cells:4.0%} "
+        for n in lengths:
+            share = accuracy(select(rows, method=method, length=n, cell=cell))
+            line += coloured(share) if in_colour else f" {share:.2f} "
+        lines.append(line)
+    lines.append(" " * 10 + "".join(f"{n:>6}" for n in lengths))
+    return "\n".join(lines)
+
+
+def coloured(share):
+    """A share as text for a terminal, white on red (0) to green (1)."""
+    red = int(220 - 180 * share)
+    green = int(60 + 120 * share)
+    return f"\033[48;2;{red};{green};70m\033[97m {share:.2f} \033[0m"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# plots: everything that needs matplotlib
+
+def figure_class():
+    """matplotlib's Figure; ValueError with one clear sentence where it is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a picture needs matplotlib (pip install matplotlib)") from None
+    return Figure
+
+
+def new_figure(width, height):
+    """An empty figure of so many inches."""
+    Figure = figure_class()
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def save(figure, path):
+    """Write a figure to a file, in the format of its ending."""
+    try:
+        figure.savefig(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"cannot write {path}: {error}") from None
+
+
+def plot_methods(plans, path, note, L):
+    """The distance matrices of {name: plan}, for a training length L; note is the title."""
+    columns = math.ceil(math.sqrt(len(plans)))
+    rows = math.ceil(len(plans) / columns)
+    figure = new_figure(2.4 * columns + 1.2, 2.5 * rows + 0.6)
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (name, plan) in zip(grid, plans.items()):
+        draw_matrix(axes, plan, name, L)
+    for axes in grid[len(plans):]:
+        axes.axis("off")
+    figure.colorbar(grid[0].images[0], ax=list(grid), shrink=0.6, extend="max",
+                    label="distance as the slowest channel pair turns; red: never seen in training")
+    figure.suptitle(note, fontsize=9)
+    save(figure, path)
+
+
+def draw_matrix(axes, plan, title, L):
+    """A distance matrix on matplotlib axes: colour is distance, red from L on, white unseen; lines border regions."""
+    from matplotlib import colormaps
+    colours = colormaps["viridis_r"].with_extremes(over="red")
+    apart = distance(plan) * (slowdown(plan) or 1.0)
+    axes.imshow(apart.numpy(), cmap=colours, vmin=0, vmax=L - 1e-3, interpolation="nearest")
+    j = torch.arange(apart.shape[1])
+    for r in plan.regions:
+        inside = (j >= r.start[:, None]) & (j < r.end[:, None])
+        axes.contour(inside.float().numpy(), levels=[0.5], colors="black", linewidths=0.5)
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=9)
+
+
+def plot_passkey(rows, methods, lengths, cells, L, path):
+    """A heatmap per method, its depth divided into `cells`, and below them accuracy by length; dashed at the window.
+
+    rows: those of eval_passkey.py's results file.
+    """
+    columns = min(len(methods), 4)
+    heatmap_rows = math.ceil(len(methods) / columns)
+    figure = new_figure(3.2 * columns, 2.4 * heatmap_rows + 4)
+    grid = figure.add_gridspec(heatmap_rows + 2, columns)
+    window_edge = sum(n <= L for n in lengths) - 0.5
+    for number, method in enumerate(methods):
+        axes = figure.add_subplot(grid[number // columns, number % columns])
+        draw_heatmap(axes, select(rows, method=method), lengths, cells)
+        axes.axvline(window_edge, color="black", linestyle="--", linewidth=1)
+        axes.set_title(method)
+    axes = figure.add_subplot(grid[-2:, :])
+    for method in methods:
+        curve = [accuracy(select(rows, method=method, length=n)) for n in lengths]
+        axes.plot(lengths, curve, marker="o", label=method)
+    axes.axvline(L, color="black", linestyle="--", linewidth=1)
+    length_axis(axes, lengths)
+    axes.set(xlabel="prompt length in tokens", ylabel="accuracy")
+    axes.legend(fontsize=7, ncols=2)
+    save(figure, path)
+
+
+def draw_heatmap(axes, rows, lengths, cells):
+    """The accuracy of one method's rows, depth down and length across, red to green."""
+    matrix = []
+    for cell in range(cells):
+        matrix.append([accuracy(select(rows, length=n, cell=cell)) for n in lengths])
+    axes.imshow(matrix, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    axes.set(xticks=range(len(lengths)), xticklabels=lengths, ylabel="depth", yticks=[])
+
+
+def length_axis(axes, lengths):
+    """A logarithmic horizontal axis with a mark at each length."""
+    axes.set_xscale("log")
+    axes.set_xticks(lengths, labels=[str(n) for n in lengths])
+    axes.minorticks_off()
+
+
+def plot_losses(curves, middles, L, path):
+    """Loss by position, {method: nats per token in each stretch}, over the middles of the stretches; dashed at L."""
+    figure = new_figure(8, 4.5)
+    axes = figure.subplots()
+    for method, losses in curves.items():
+        axes.plot(middles, losses, marker=".", label=method)
+    axes.axvline(L, color="black", linestyle="--", linewidth=1)
+    axes.set(xlabel="position in tokens", ylabel="nats per token")
+    axes.legend(fontsize=7, ncols=2)
+    save(figure, path)
+
+
+def plot_bench(rows, path):
+    """Time and memory by length, a line per method; rows: dicts of bench.py's section attention, one of each method and
+    length."""
+    methods = dict.fromkeys(row["method"] for row in rows)
+    lengths = sorted({row["tokens"] for row in rows})
+    figure = new_figure(13, 4.5)
+    time_axes, memory_axes = figure.subplots(1, 2)
+    draw_bench(time_axes, rows, methods, lengths, "us/token", "\u00b5s/token")
+    draw_bench(memory_axes, rows, methods, lengths, "peak MiB", "peak MiB")
+    figure.legend(*time_axes.get_legend_handles_labels(), fontsize=7, loc="outside right center")
+    save(figure, path)
+
+
+def draw_bench(axes, rows, methods, lengths, field, label):
+    """One field of the rows by length, on logarithmic axes; the methods after the tenth are dashed."""
+    for number, method in enumerate(methods):
+        values = {row["tokens"]: row[field] for row in select(rows, method=method)}
+        measured = sorted(values)
+        style = "o-" if number < 10 else "s--"
+        axes.plot(measured, [values[n] for n in measured], style, color=f"C{number % 10}", label=method)
+    axes.set(yscale="log", xlabel="tokens", ylabel=label)
+    length_axis(axes, lengths)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+def example(method, n, L):
+    """The plan of a small example of n tokens: with narrow stairs, and factors for longrope, unless the method has its
+    own."""
+    geometry, own_freq, _ = pick(METHODS, "method", method.name)
+    params = {}
+    if "width" in parameters(geometry):
+        params["width"] = max(2, math.ceil(2 * n / L))
+    if (method.freq or own_freq) == "longrope":
+        params["short_factor"] = [1.0] * 32
+        params["long_factor"] = [n / L] * 32
+    method = replace(method, params={**params, **method.params})
+    i = torch.arange(n)
+    return make_plan(method, i, i, n=n, L=L, D=64, H=8)
+
+
+def check_file(path, force):
+    """ValueError for a picture file that has no ending, or is there already."""
+    if not Path(path).suffix:
+        raise ValueError(f"--plot {path}: a picture file needs an ending, as in: show.py all --plot methods.png")
+    if Path(path).exists() and not force:
+        raise ValueError(f"{path} is there already; --force overwrites it")
+
+
+def parse_args(argv):
+    parser, flag = plain_parser(__doc__)
+    parser.usage = "%(prog)s METHOD [flags]; --help lists them"
+    parser.add_argument("method", nargs="?", default="all", help="name[:parameter=value...]; all: for --plot alone")
+    flag("length", type=int, help="prompt length n; default: 32, or 128 for a picture file")
+    flag("train-len", type=int, help="training length L; default: half of --length")
+    flag("set", action="append", default=[], metavar="name=value", help="parameters of the method, a=1,b=2; repeatable")
+    flag("plot", metavar="FILE", help="draw a picture (needs matplotlib)")
+    flag("force", action="store_true", help="overwrite the file of --plot")
+    args = parser.parse_args(argv)
+    if args.length is None:
+        args.length = 128 if args.plot else 32
+    if args.train_len is None:
+        args.train_len = max(args.length // 2, 2)
+    return args
+
+
+def run(argv=None):
+    """The command: its exit code."""
+    args = parse_args(argv)
+    n = whole("length", args.length)
+    L = whole("train_len", args.train_len, least=2)
+    if args.plot:
+        check_file(args.plot, args.force)
+    elif args.method == "all":
+        raise ValueError("name a method, or give --plot FILE for a picture of all")
+    elif n > PRINTABLE:
+        raise ValueError(f"a matrix of {n} tokens is too large to print; --length goes to {PRINTABLE}")
+
+    names = METHODS if args.method == "all" else [args.method]
+    methods = [Method.of(name, **parse_settings(args.set)) for name in names]
+    plans = {str(method): example(method, n, L) for method in methods}
+    note = f"prompt of {n} tokens, training length {L}"
+    if args.plot:
+        plot_methods(plans, args.plot, note, L)
+        return 0
+    for name, plan in plans.items():
+        print(f"{name}: {note}", picture(plan), *describe(plan, n), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(run, "show.py")

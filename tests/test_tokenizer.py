@@ -1,0 +1,166 @@
+"""Text to ids and back, whole and as a stream, with the shipped tokenizer and, where it is present, LLaMA-2's.
+
+Both are sentencepiece models with byte fallback: what is no piece of theirs, an emoji say, is one token per byte.
+"""
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from tokenizer import Tokenizer, load_tokenizer
+
+SHIPPED = Path(__file__).parents[1] / "checkpoints/tiny"
+NASTY = ["", " ", "   ", "a", "?", " leading", "trailing ", "two  spaces   three", "line\nbreak\n\n\nmore\n", "\n",
+         "\t tab", "Hello, world! 12345 007", "한글 텍스트입니다", "你好，世界", "🦙", "🦙🦙 twice", "👩‍👩‍👧‍👦 family",
+         "naïve café", "mixed 🦙한a\n 9", "<s>", "\u00a0nbsp", "e\u0301 combining", "🧿🧿🧿🧿 end"]
+
+
+@pytest.fixture(params=["shipped", "llama-2"])
+def tokenizer(request):
+    if request.param == "shipped":
+        return load_tokenizer(SHIPPED, bos_id=1)
+    return load_tokenizer(request.getfixturevalue("asset")("llama_tokenizer"), bos_id=1)
+
+
+def test_known_ids():
+    """_H e ll o _w or ld; the emoji is a space and the bytes f0 9f a6 99, which are tokens 3 to 258."""
+    tokenizer = load_tokenizer(SHIPPED, bos_id=1)
+    assert tokenizer.encode("Hello world") == [1, 581, 937, 308, 940, 296, 275, 621]
+    assert tokenizer.encode("🦙", bos=False) == [936, 3 + 0xf0, 3 + 0x9f, 3 + 0xa6, 3 + 0x99]
+    assert tokenizer.decode([1, 581, 937, 308, 940]) == "Hello"
+
+
+def test_known_ids_of_llama_2(asset):
+    """The ids that every LLaMA implementation gives."""
+    assert load_tokenizer(asset("llama_tokenizer"), bos_id=1).encode("Hello world") == [1, 15043, 3186]
+
+
+def test_decode_undoes_encode(tokenizer):
+    for text in NASTY:
+        assert tokenizer.decode(tokenizer.encode(text)) == text.removeprefix("<s>")
+
+
+def test_bos_once(tokenizer):
+    """In front, and not twice where the text begins with its name."""
+    for text in ["Hello", "<s>Hello", " Hello", "", "<s>"]:
+        ids = tokenizer.encode(text)
+        assert ids[0] == 1 and 1 not in ids[1:]
+        assert ids[1:] == tokenizer.encode(text.removeprefix("<s>"), bos=False)
+
+
+def test_no_bos_where_there_is_none():
+    tokenizer = load_tokenizer(SHIPPED, bos_id=None)
+    assert tokenizer.encode("Hello") == tokenizer.encode("Hello", bos=False) == [581, 937, 308, 940]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# streams
+
+def test_stream_is_decode_piece_by_piece(tokenizer):
+    """No space lost, no character cut in half: U+FFFD shows only where the text itself has it."""
+    for text in [*NASTY, "a \ufffd replaced", "\ufffd"]:
+        ids = tokenizer.encode(text)
+        pieces = list(tokenizer.stream(ids))
+        assert "".join(pieces) == tokenizer.decode(ids)
+        assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+def test_stream_continues_a_prompt(tokenizer):
+    """With the prompt as context, prompt + stream is the text of all ids: the first word keeps its space."""
+    prompt = tokenizer.encode("The llama said:")
+    for text in NASTY:
+        ids = tokenizer.encode(" and then " + text, bos=False)
+        streamed = "".join(tokenizer.stream(iter(ids), prompt))
+        assert tokenizer.decode(prompt) + streamed == tokenizer.decode(prompt + ids)
+
+
+def test_stream_of_any_tokens(tokenizer):
+    """Whatever a model may emit: special tokens in the middle, lone spaces, bytes that are no text."""
+    draw = random.Random(0)
+    space = tokenizer.encode("🦙", bos=False)[0]
+    for _ in range(100):
+        kinds = [draw.choice([range(3), range(3, 259), range(259, 512), [space]]) for _ in range(30)]
+        ids = [draw.choice(kind) for kind in kinds]
+        assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids)
+
+
+def arriving(ids, arrived):
+    """The ids one by one; each is added to `arrived` once it is asked for."""
+    for token in ids:
+        arrived.append(token)
+        yield token
+
+
+def test_stream_holds_no_word_back(tokenizer):
+    """Each token is out as soon as it is in."""
+    ids = tokenizer.encode("one two three four five")
+    arrived = []
+    shown = ""
+    for piece in tokenizer.stream(arriving(ids, arrived)):
+        shown += piece
+        assert shown == tokenizer.decode(arrived)
+
+
+def test_stream_holds_half_a_character_back(tokenizer):
+    """An emoji of four bytes comes with the fourth."""
+    ids = tokenizer.encode("🦙")
+    arrived = []
+    pieces = [(piece, len(arrived)) for piece in tokenizer.stream(arriving(ids, arrived))]
+    assert [(piece, count) for piece, count in pieces if piece] == [("🦙", len(ids))]
+
+
+def test_stream_of_bytes_that_are_no_text(tokenizer):
+    """A model may emit half a character and never the rest: after eight tokens the stream shows what there is."""
+    lone = tokenizer.encode("🦙", bos=False)[-4]
+    arrived = []
+    stream = tokenizer.stream(arriving([lone] * 40, arrived))
+    assert "\ufffd" in next(stream) and len(arrived) == 9
+    assert "".join(tokenizer.stream([lone] * 40)) == tokenizer.decode([lone] * 40)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# other folders
+
+def test_tokenizer_json(tmp_path):
+    """Where there is no tokenizer.model: tokenizer.json by the tokenizers package. BOS is still ours to add."""
+    tokenizers = pytest.importorskip("tokenizers")
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "hello": 2, "world": 3}, "<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    core.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    core.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path, bos_id=1)
+    assert tokenizer.encode("hello world") == [1, 2, 3]
+    assert tokenizer.encode("hello world", bos=False) == [2, 3]
+    assert "".join(tokenizer.stream([2, 3])) == tokenizer.decode([2, 3]) == "hello world"
+
+
+def test_tokenizer_json_without_its_package(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="tokenizer.json.*pip install tokenizers"):
+        load_tokenizer(tmp_path, bos_id=1)
+
+
+def test_no_tokenizer(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer.model") as caught:
+        load_tokenizer(tmp_path, bos_id=1)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_broken_tokenizer(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="tokenizer.model: not a sentencepiece model"):
+        load_tokenizer(tmp_path, bos_id=1)
+
+
+def test_any_pair_of_functions_makes_a_tokenizer():
+    """Characters as ids: what one needs to try a tokenizer of one's own."""
+    def encode(text):
+        return [ord(x) for x in text]
+
+    def decode(ids):
+        return "".join(map(chr, ids))
+    tokenizer = Tokenizer(encode, decode, bos_id=2)
+    assert tokenizer.encode("ab") == [2, 97, 98] and tokenizer.encode("ab", bos=False) == [97, 98]
+    assert list(tokenizer.stream(iter([97, 98]))) == ["a", "b", ""]

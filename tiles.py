@@ -1,0 +1,85 @@
+"""How a region is cut into pieces that a fused attention kernel takes: runs of rows, rectangles and triangles of keys.
+
+Does: pieces as index ranges, made once for all layers, and masks for the ragged ones. Does not: compute attention
+(attention.py).
+
+    for rows, pieces in region_tiles(plan, number, block_q=256, block_k=1024, fused=True):
+        for lo, hi, kind in pieces: ...
+
+A run of rows sees a rectangle, a triangle or a sliding window of keys. The first two make few large fused calls, of at
+most LONG rows; a window is cut into blocks of rows, each with a mask for what is ragged.
+"""
+import itertools
+
+import torch
+
+NEVER = -1e30  # the log of a weight that is zero; finite, so that what sees nothing gives no nan
+LONG = 8192    # rows of one fused call at most
+
+
+def visible_span(plan, key_set):
+    """(first, stop) of the keys that some query sees in the regions of this key set."""
+    def find():
+        regions = [r for r, number in zip(plan.regions, plan.key_set) if number == key_set]
+        first = min(int(r.start[r.end > r.start].min()) for r in regions)
+        stop = max(int(r.end[r.end > r.start].max()) for r in regions)
+        return first, stop
+    return plan.shared(("span", key_set), find)
+
+
+def region_tiles(plan, number, block_q, block_k, fused):
+    """[(rows, pieces)] of a region: slices of queries, and the pieces of keys that each of these sees."""
+    def cut():
+        region = plan.regions[number]
+        return [(slice(a, b), list(key_pieces(region, a, b, block_k, fused)))
+                for a, b in row_runs(region, block_q, fused)]
+    return plan.shared(("tiles", number, block_q, block_k, fused), cut)
+
+
+def row_runs(region, block, fused):
+    """(a, b) ranges of rows that see something, within which start and end each stand still or move by one key a row.
+
+    At most `block` rows, or LONG where start stands still and there is a fused call.
+    """
+    visible = region.end > region.start
+    steps = torch.stack((region.start.diff(), region.end.diff()))
+    jump = (steps.abs() > 1).any(0) | visible.diff()
+    turn = (steps.diff() != 0).any(0) & ~jump[:-1]  # a run's own first step may be any
+    jump[1:] |= turn
+    cuts = [0, *(jump.nonzero().flatten() + 1).tolist(), len(visible)]
+    for a, b in itertools.pairwise(cuts):
+        if visible[a]:
+            step = LONG if fused and region.start[a] == region.start[b - 1] else block
+            for c in range(a, b, step):
+                yield c, min(c + step, b)
+
+
+def key_pieces(region, a, b, block, fused):
+    """Cut the keys that rows a..b see into (lo, hi, kind): a "rectangle" that all rows see, in blocks, and what is
+    ragged: a "triangle" of b - a keys of which each row sees one more, or an "edge" that needs a mask.
+
+    Rows 4 5 6 with a window of 4 see [1,5) [2,6) [3,7): the edge [1,3), the rectangle [3,4), the triangle [4,7).
+    """
+    first_start, last_start = int(region.start[a]), int(region.start[b - 1])
+    first_end, last_end = int(region.end[a]), int(region.end[b - 1])
+    if last_start >= first_end:  # no key is seen by all rows
+        yield first_start, last_end, "edge"
+        return
+    has_triangle = fused and last_end - first_end == b - a - 1 > 0
+    top = first_end - 1 if has_triangle else first_end
+    if last_start > first_start:
+        yield first_start, last_start, "edge"
+    for lo in range(last_start, top, block):
+        yield lo, min(lo + block, top), "rectangle"
+    if last_end > top:
+        yield top, last_end, "triangle" if has_triangle else "edge"
+
+
+def edge_mask(plan, start, end, width):
+    """(rows, width) float32: NEVER outside of start..end of each row. The blocks of a sliding window share one."""
+    def make():
+        j = torch.arange(width)
+        outside = (j < start[:, None]) | (j >= end[:, None])
+        return torch.zeros(outside.shape).masked_fill_(outside, NEVER)
+    corners = tuple(int(x) for x in (start[0], start[-1], end[0], end[-1]))  # within a run these decide all rows
+    return plan.shared(("mask", corners, len(start), width), make)
