@@ -84,8 +84,8 @@ def check_shapes(q, k, v, plan):
 def head_groups(q, k, plan, numbers=2 ** 22):
     """(query heads, key heads) slices that are attended one after another: on a CPU about so many numbers of q each.
 
-    Rotated copies and sums then stay small however long the prompt. No fewer heads than threads, which share them out.
-    ALiBi's slopes are per head, so its heads stay together.
+    Rotated copies and sums then stay small however long the prompt. Heads come in multiples of the threads, which share
+    them out. ALiBi's slopes are per head, so its heads stay together.
     """
     B, H, Tq, D = q.shape
     Hkv = k.shape[1]
@@ -153,9 +153,12 @@ def is_causal(plan):
     """
     if len(plan.regions) > 1 or plan.slopes is not None or plan.Tq not in (1, plan.Tk):
         return False
-    region = plan.regions[0]
-    triangle = torch.arange(plan.Tk - plan.Tq + 1, plan.Tk + 1)
-    return plan.shared("causal", lambda: not region.start.any() and torch.equal(region.end, triangle))
+
+    def sees_all_before():
+        region = plan.regions[0]
+        triangle = torch.arange(plan.Tk - plan.Tq + 1, plan.Tk + 1)
+        return not region.start.any() and torch.equal(region.end, triangle)
+    return plan.shared("causal", sees_all_before)
 
 
 def attend_fused(q, k, v, plan, rotated=None, out=None):

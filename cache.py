@@ -71,7 +71,8 @@ class KVCache:
             copy = next((c for c in self.copies[layer] if c.serves(plan, number)), None)
             if copy is None:
                 copy = RotatedKeys(plan.rotation_rule(), plan.key_positions[number][:0], k[:, :, :0])
-                self.copies[layer] = [*self.copies[layer][-3:], copy]  # of old plans none is held for ever
+                newest = max(4, len(plan.key_positions)) - 1
+                self.copies[layer] = [*self.copies[layer][-newest:], copy]  # of old plans none is held for ever
             keys.append(copy.extend(k, plan, number))
         return keys
 

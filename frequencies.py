@@ -2,7 +2,7 @@
 
 A frequency rule says how fast each pair of channels turns per token, an attention scale how much sharper the softmax of
 a query gets. Both are plain functions of a few numbers, to be copied into any model. Does not choose positions
-(positions.py) and does not rotate anything (attention.py).
+(geometry.py) and does not rotate anything (rotation.py).
 
     inv_freq, mscale = yarn(D=128, base=10000.0, n=32768, L=4096, factor=8.0)    # cos(i * inv_freq) * mscale, ...
 
@@ -94,6 +94,8 @@ def yarn(D, base, n, L, *, factor=None, beta_fast=32, beta_slow=1, attention_fac
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, D - 1)
+    if beta_fast < beta_slow:
+        raise ValueError(f"beta_slow {beta_slow} must not be above beta_fast {beta_fast}")
     width = high - low or 0.001
     ramp = ((torch.arange(D // 2, dtype=torch.float64) - low) / width).clamp(0, 1)
     plain, _ = rope(D, base, n, L)
@@ -101,7 +103,9 @@ def yarn(D, base, n, L, *, factor=None, beta_fast=32, beta_slow=1, attention_fac
     if attention_factor is None:
         attention_factor = yarn_mscale(factor, 1.0)
         if mscale and mscale_all_dim:
-            attention_factor = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
+            upper = yarn_mscale(factor, positive("mscale", mscale))
+            lower = yarn_mscale(factor, positive("mscale_all_dim", mscale_all_dim))
+            attention_factor = upper / lower
     return inv_freq, positive("attention_factor", attention_factor)
 
 
@@ -133,7 +137,7 @@ def longrope(D, base, n, L, *, short_factor=None, long_factor=None, factor=None,
         raise ValueError(f"longrope needs short_factor and long_factor, {D // 2} numbers each, from config.json")
     divisors = [positive("a factor of longrope", x) for x in divisors]
     plain, mscale = rope(D, base, n, L)
-    if factor and factor > 1:
+    if factor is not None and positive("factor", factor) > 1:
         mscale = math.sqrt(1 + math.log(factor) / math.log(L))
     return plain / torch.tensor(divisors, dtype=torch.float64), positive("attention_factor", attention_factor, mscale)
 

@@ -1,4 +1,4 @@
-"""Continue a prompt with a LLaMA checkpoint, far past its training length, by any method of positions.py.
+"""Continue a prompt with a LLaMA checkpoint, far past its training length, by any method of geometry.py.
 
 Does: read the prompt in pieces, decode a token at a time, sample, stream text to stdout (all else goes to stderr).
 Does not: chat, batch prompts of several lengths, train.

@@ -35,7 +35,8 @@ def cosscale(i, j, n, L):
 
 
 def near_far(i, j, window, far_q, far_k, sinks=None):
-    """True distances below window in one region, far_q[i] - far_k[j] in the other, there of the first `sinks` keys."""
+    """Keys nearer than window at true distances in one region; those beyond at far_q[i] - far_k[j] in the other, if
+    sinks is given only the first `sinks` of them."""
     edge = (i - window + 1).clamp(min=0)  # the first key that is nearer than window
     far_end = edge if sinks is None else edge.clamp(max=sinks)
     return [Region(i, j, edge, i + 1), Region(far_q, far_k, 0 * i, far_end)]
@@ -105,7 +106,7 @@ def string(i, j, n, L, *, shift=None, window=None):
 
 
 def streaming_llm(i, j, n, L, *, sinks=4, recent=None):
-    """StreamingLLM: the first `sinks` keys and the last `recent`, at positions inside that cache (arXiv 2309.17453).
+    """StreamingLLM: the first `sinks` keys, the last `recent` and itself, by place in that cache (arXiv 2309.17453).
 
     A closed form of the rolling cache. recent: L - 1 - sinks, so that no distance reaches L. sinks 2, recent 4: query 9
     sees 0 1 at 6 5 and 5..9 at 4..0.
@@ -205,9 +206,10 @@ def stair_slots(x, boundary, width):
     return torch.where(x >= boundary, x, boundary + (x - boundary).div(width, rounding_mode="floor"))
 
 
-def stair_width(width, boundary, n, last, L):
-    """The paper's width of 50, or the smallest that keeps all distances below L, `last` decoded tokens included."""
-    slots = L - 1 - (n - 1 + last - boundary)  # what the linear part leaves over for the stairs
+def stair_width(width, boundary, n, decoded, L):
+    """The paper's width of 50, or the smallest that keeps all distances below L, `decoded` tokens after the prompt
+    included."""
+    slots = L - 1 - (n - 1 + decoded - boundary)  # what the linear part leaves over for the stairs
     return whole("width", width, max(50, math.ceil(boundary / max(slots, 1))))
 
 
@@ -244,7 +246,7 @@ def dynamic_split(n, L, first, last, reserve, margin, remainder, overlap=0):
     chunk = most
     if room % most >= remainder:
         chunk = max(room // (room // most + 1), 1)
-    while room % chunk >= max(remainder, 1):  # many chunks leave many tokens over (the released code stops there)
+    while room % chunk >= max(remainder, 1):  # many chunks may leave too many tokens over (the released code asserts)
         chunk -= 1
     return chunk
 
@@ -264,7 +266,7 @@ def mesa(i, j, n, L, *, first=None, last=None, width=None, chunk=None, linear=No
     linear: how many tokens at the end of the prompt are exact; overrides the boundary.
     overlap, ours and not the paper's: middle chunks also see that many tokens before them, numbered between the first
     chunk and their own, so that what a boundary cuts in two is whole for the later chunk.
-    Raises ValueError where first + overlap + chunk exceeds L.
+    Raises ValueError where n exceeds L, and first + overlap + chunk exceeds L or overlap exceeds chunk.
     """
     first = scaled("first", first, 100, L)
     last = scaled("last", last, 512, L)
@@ -281,8 +283,10 @@ def mesa(i, j, n, L, *, first=None, last=None, width=None, chunk=None, linear=No
         return plain_then_stair(i, j, L, boundary, stair_width(width, boundary, L, last, L))
 
     # the last chunk starts where a chunk ends and at most `chunk` tokens are left
-    last_start = first + chunk * max(0, math.ceil((n - first - chunk) / chunk))
-    boundary = n - whole("linear", linear, first - 1 + n - last_start)
+    last_start = first + chunk * math.ceil((n - first - chunk) / chunk)
+    boundary = last_start - first + 1
+    if linear is not None:
+        boundary = n - whole("linear", linear)
     width = stair_width(width, boundary, n, last, L)
     everything = Region(stair_slots(i, boundary, width), stair_slots(j, boundary, width),
                         0 * i, (i + 1) * (i >= last_start))
@@ -290,8 +294,10 @@ def mesa(i, j, n, L, *, first=None, last=None, width=None, chunk=None, linear=No
 
 
 def mesa_chunks(i, j, first, chunk, overlap, last_start):
-    """The Regions of all chunks before the last: a token stands right after the first chunk and, from the second chunk
-    on, the overlap."""
+    """The Regions of all chunks before the last: [0, first), then [first, first + chunk) and so on.
+
+    Tokens of the first two stand at their index, those of later chunks at first + overlap + their place in the chunk.
+    """
     in_chunk_i = (i - first) % chunk
     in_chunk_j = (j - first) % chunk
     local_i = torch.where(i < first + chunk, i, first + overlap + in_chunk_i)

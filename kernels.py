@@ -7,7 +7,7 @@ over the keys tile by tile and keeps, per query, three running things: the large
 exp(score - m), and the weighted sum acc of values. When a larger score appears, l and acc are scaled down by
 exp(old m - new m). At the end acc / l is exact. The scores of one tile live in registers and are forgotten.
 
-THE INTERVAL IDEA: a method is a few regions (see positions.py), and in each a query sees one interval of keys. So the
+THE INTERVAL IDEA: a method is a few regions (see plan.py), and in each a query sees one interval of keys. So the
 walk goes region by region over the keys from the first to the last that some query of the tile sees, with queries and
 keys rotated for that region, all into the same m, l, acc. Between those ends lies a span that all queries of the tile
 see in full, where no mask is needed; only its two ragged edges compare every key with every query's interval.

@@ -97,7 +97,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         if not is_single_row(x):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        length = float(torch.linalg.vector_norm(x, dtype=torch.float32))  # the same in three operations, not twelve
+        length = float(torch.linalg.vector_norm(x, dtype=torch.float32))  # what rms_norm computes, in three operations
         return x * (length ** 2 / x.numel() + self.eps) ** -0.5 * self.weight
 
 
@@ -218,8 +218,8 @@ class Llama(nn.Module):
     def forward(self, tokens, plan, cache=None, last_only=False, impl="auto"):
         """Logits (B, Tq, vocab_size), or (B, 1, vocab_size) of the last token with last_only, for tokens (B, Tq) int64.
 
-        plan: made by model.plan for these queries and, with a cache, for its keys and these; or a list of plans, one
-        for each layer. With a cache the keys and values of the tokens are appended to it.
+        plan: made by model.plan, i being these tokens and j all tokens so far, those in the cache and these; or a list
+        of plans, one for each layer. With a cache the keys and values of the tokens are appended to it.
         """
         layers = self.config.num_hidden_layers
         plans = list(plan) if isinstance(plan, (list, tuple)) else [plan] * layers

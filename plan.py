@@ -19,7 +19,7 @@ class Region:
     """Query i sees the keys start[i] <= j < end[i], each at the distance q_pos[i] - k_pos[j].
 
     Over the queries that see something neither bound ever falls; the regions of one query are disjoint; no key comes
-    after its query, no distance is negative, and none is larger than that of the first key of an interval.
+    after its query, no distance is negative, and the first key of an interval is the farthest.
     Example, ReRoPE with window 3: query 5 sees 3 4 5 at 2 1 0 in its near region (q_pos 5, k_pos 3 4 5) and
     0 1 2 at 3 3 3 in its far region (q_pos 3, k_pos 0 0 0).
     """
@@ -46,12 +46,11 @@ class Plan:
     def __post_init__(self):
         self.key_positions, self.key_set = [], []
         for region in self.regions:
-            number = 0
-            while number < len(self.key_positions) and not same(self.key_positions[number], region.k_pos):
-                number += 1
-            if number == len(self.key_positions):
+            equal = [number for number, known in enumerate(self.key_positions) if same(known, region.k_pos)]
+            if not equal:
+                equal = [len(self.key_positions)]
                 self.key_positions.append(region.k_pos)
-            self.key_set.append(number)
+            self.key_set.append(equal[0])
 
     @property
     def Tq(self):
@@ -116,6 +115,9 @@ def check_regions(method, regions, i, Tk):
         if len(queries):
             nearest = r.q_pos[visible] - largest_within(r.k_pos, start, end)
             refuse(~(nearest >= 0), queries, f"is at a negative distance from a key {where}")
+            if bool((r.k_pos.diff() < 0).any()):
+                farther = -largest_within(-r.k_pos, start, end) < r.k_pos[start]
+                refuse(farther, queries, f"has a key that is farther than the first of its interval {where}")
 
     starts = torch.stack([torch.where(r.end > r.start, r.start, Tk) for r in regions])
     ends = torch.stack([torch.where(r.end > r.start, r.end, Tk) for r in regions])
@@ -126,12 +128,14 @@ def check_regions(method, regions, i, Tk):
 
 
 def largest_within(values, start, end):
-    """max(values[start:end]) (Tq,) of every interval, none of them empty."""
+    """max(values[start:end]) (Tq,) of every interval, none of them empty, whose bounds never fall."""
     if len(start) == 1:  # decoding
         return values[int(start):int(end)].max()[None]
+    first = int(start[0])
+    values, start, end = values[first:int(end[-1])], start - first, end - first
     if bool((values.diff() >= 0).all()):
         return values[end - 1]
-    # maxima of 1, 2, 4, ... neighbours; two of the largest that fits cover an interval
+    # neighbours[x] = max(values[x:x + size]), size 1, 2, 4, ...; two such runs, one from each end, cover an interval
     neighbours = values
     size = 1
     out = torch.empty(len(start), dtype=values.dtype)
@@ -156,7 +160,7 @@ def distance(plan):
 
     Raises ValueError if two regions overlap.
     """
-    out = torch.full((len(plan.regions[0].q_pos), len(plan.regions[0].k_pos)), math.nan, dtype=torch.float64)
+    out = torch.full((plan.Tq, plan.Tk), math.nan, dtype=torch.float64)
     j = torch.arange(out.shape[1])
     for r in plan.regions:
         inside = (j >= r.start[:, None]) & (j < r.end[:, None])

@@ -124,7 +124,7 @@ class Method:
 
 
 def parse_settings(texts):
-    """["first=16,last=8", "clamp=no"] -> {"first": 16, "last": 8, "clamp": "no"}; dashes in names become underscores.
+    """["first=16,last=8", "clamp=false"] -> {"first": 16, "last": 8, "clamp": False}; dashes become underscores.
 
     Values are whole and other numbers, true, false, lists like [1,2], or else texts.
     """
@@ -167,7 +167,7 @@ def check_input(i, j, *, base, rotary_dim, **sizes):
     for name, value in sizes.items():
         whole(name, value, least=2 if name == "L" else 1)
     if sizes["D"] % 2:
-        raise ValueError(f"rotary positions need an even head width D, not {sizes['D']}")
+        raise ValueError(f"an even head width D is needed, not {sizes['D']}")
     if whole("rotary_dim", rotary_dim, least=2) % 2 or rotary_dim > sizes["D"]:
         raise ValueError(f"rotary_dim must be even and at most the head width {sizes['D']}, not {rotary_dim}")
     if positive("base", base) <= 1:
@@ -184,6 +184,10 @@ def check_parameters(method, *functions):
         if name not in known and name != "cosine":
             listed = ", ".join(known) or "none"
             raise ValueError(f"{method.name}: unknown parameter {name!r}{did_you_mean(name, known)} (it has {listed})")
-        wants_bool = isinstance(known.get(name), bool)
-        if wants_bool is not isinstance(value, bool) or isinstance(value, str) and name != "fit":
+        wrong_kind = isinstance(known.get(name), bool) != isinstance(value, bool)
+        if name == "fit":
+            wrong_kind = not isinstance(value, (str, type(None)))
+        elif isinstance(value, str):
+            wrong_kind = True
+        if wrong_kind:
             raise ValueError(f"{method.name}: {name} cannot be {value!r}")

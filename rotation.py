@@ -46,8 +46,8 @@ def channel_pairs(x, cos, interleaved):
 
 
 def row_blocks(x, *others, numbers=2 ** 18):
-    """The tensors (*, T, *) in blocks of rows: on a CPU of so many numbers of x, so that its cache holds what a block
-    needs in between; else whole."""
+    """The tensors (*, T, *) cut into the same blocks of rows: a block of x has about so many numbers, which stay in a
+    CPU's cache; uncut on other devices."""
     if x.numel() <= numbers or x.device.type != "cpu":
         return [(x, *others)]
     rows = max(1, numbers * x.shape[-2] // x.numel())

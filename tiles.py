@@ -44,7 +44,7 @@ def row_runs(region, block, fused):
     visible = region.end > region.start
     steps = torch.stack((region.start.diff(), region.end.diff()))
     jump = (steps.abs() > 1).any(0) | visible.diff()
-    turn = (steps.diff() != 0).any(0) & ~jump[:-1]  # a run's own first step may be any
+    turn = (steps.diff() != 0).any(0) & ~jump[:-1]  # the slope changes; not compared with the step over a jump
     jump[1:] |= turn
     cuts = [0, *(jump.nonzero().flatten() + 1).tolist(), len(visible)]
     for a, b in itertools.pairwise(cuts):
@@ -65,7 +65,8 @@ def key_pieces(region, a, b, block, fused):
     if last_start >= first_end:  # no key is seen by all rows
         yield first_start, last_end, "edge"
         return
-    has_triangle = fused and last_end - first_end == b - a - 1 > 0
+    grows_each_row = b - a > 1 and last_end - first_end == b - a - 1
+    has_triangle = fused and grows_each_row
     top = first_end - 1 if has_triangle else first_end
     if last_start > first_start:
         yield first_start, last_start, "edge"

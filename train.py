@@ -57,8 +57,8 @@ def prose():
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
     documents = [" ".join(text.split()) for _, text in sorted(pydoc_data.topics.topics.items())]
     for file in sorted(root.rglob("*.py")):
-        folders = file.relative_to(root).parts
-        if not skipped.intersection(folders):
+        parts = file.relative_to(root).parts
+        if not skipped.intersection(parts):
             documents += docstrings(file)
     return documents
 
@@ -463,9 +463,9 @@ def train_step(step, args, model, optimizers, corpus):
 
     # a row with an answer ends in five digits, "." or what else closes it, and </s>
     right = (logits[:, -7:-2].argmax(-1) == ids[:, -7:-2]).float().mean(1)
-    found = [loss[rows_of("prose", ids)].mean()]
-    found += [right[rows_of(task, ids)].mean() for task in TASKS]
-    return torch.stack(found).detach()
+    measures = [loss[rows_of("prose", ids)].mean()]
+    measures += [right[rows_of(task, ids)].mean() for task in TASKS]
+    return torch.stack(measures).detach()
 
 
 def rows_of(wanted, ids):
@@ -483,16 +483,16 @@ def train(args, model, corpus):
         say(f"continuing after step {done} of {args.steps}")
         before = curve[-1]["seconds"]
     start = time.time() - before
-    found = []
+    measures = []
     for step in range(done, args.steps):
-        found.append(train_step(step, args, model, optimizers, corpus))
+        measures.append(train_step(step, args, model, optimizers, corpus))
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            means = [round(mean, 4) for mean in torch.stack(found).mean(0).tolist()]
+            means = [round(mean, 4) for mean in torch.stack(measures).mean(0).tolist()]
             means = dict(zip(("prose", *TASKS), means))
             curve.append({"step": step + 1, **means, "seconds": round(time.time() - start)})
             say(" ".join(f"{name} {value}" for name, value in curve[-1].items()))
             save_state(state, args, step + 1, model, optimizers, curve)
-            found = []
+            measures = []
     return curve
 
 

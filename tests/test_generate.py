@@ -73,10 +73,12 @@ def test_generate_takes_the_words_of_model_plan(tiny):
     """A name and keywords, a text, or a Method; the tokens are those of model.plan with the same words."""
     model, tokenizer = tiny
     ids = tokenizer.encode("The grass is green. The sky is blue. " * 30)
-    words = dict(method="mesa", first=3, freq="pi", attn_scale="infoscale")
+    params = dict(first=3, factor=2.0, logit_factor=1.2)  # of the geometry, of pi and of the constant scale
+    words = dict(method="mesa", freq="pi", attn_scale="constant", **params)
+    text = "mesa:first=3:freq=pi:factor=2.0:attn-scale=constant:logit_factor=1.2"
     outs = [list(generate(model, ids, max_new_tokens=6, **words)),
-            list(generate(model, ids, "mesa:first=3:freq=pi:attn-scale=infoscale", max_new_tokens=6)),
-            list(generate(model, ids, Method("mesa", "pi", "infoscale", {"first": 3}), max_new_tokens=6))]
+            list(generate(model, ids, text, max_new_tokens=6)),
+            list(generate(model, ids, Method("mesa", "pi", "constant", params), max_new_tokens=6))]
     assert outs[0] == outs[1] == outs[2]
     logits = model(torch.tensor([ids]), model.plan(n=len(ids), **words), last_only=True)
     assert outs[0][0] == int(logits.argmax()) and len(outs[0]) == 6
@@ -92,6 +94,7 @@ def test_decoding_has_the_logits_of_one_pass_at_the_length_of_the_prompt(tiny, n
     ids, method, chosen_from = tokenizer.encode("The grass is green. " * 60), Method(name), []
 
     def choose(logits):
+        assert torch.is_inference_mode_enabled()
         chosen_from.append(logits)
         return sample(logits)
     n = len(ids)

@@ -354,6 +354,7 @@ BROKEN = {  # rule: (geometry of 12 tokens, the first query that breaks it, what
     "last distance": (lambda i, j: [Region(i, j + (j > 1), 0 * i, i + 1)], 2, "negative distance"),
     "distance inside": (lambda i, j: [Region(i, j + 3 * only(j, 2), 0 * i, i + 1)], 2, "negative distance"),
     "distance nan": (lambda i, j: [Region(i / (i != 0), j, 0 * i, i + 1)], 0, "distance"),
+    "k_pos falls": (lambda i, j: [Region(i + 12, -j, 0 * i, i + 1)], 1, "farther than the first"),
     "sees a key": (lambda i, j: [Region(i, j, 0 * i, (i + 1) * (i != 4))], 4, "sees no key"),
     "all see none": (lambda i, j: [Region(i, j, 0 * i, 0 * i)], 0, "sees no key"),
     "no region": (lambda i, j: [], 0, "sees no key"),

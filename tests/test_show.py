@@ -175,8 +175,10 @@ def test_pairs_at_rest_reach_no_further_than_those_that_turn(method, tokens, mon
     assert show.reach(config_of(64), Method.parse(method)) == tokens
 
 
-def test_reach_of_a_rotary_width_below_the_head_width():
-    assert show.reach(config_of(64, rotary_dim=8), Method.of("yarn", factor=2.0)) == 128
+@pytest.mark.parametrize("fields", [{"rotary_dim": 8}, {"rope_theta": 500.0}], ids=str)
+def test_reach_of_models_of_other_shapes(fields):
+    """With a rotary width below the head's; with another base."""
+    assert show.reach(config_of(64, **fields), Method.of("yarn", factor=2.0)) == 128
 
 
 # ---- advice and warnings
@@ -210,6 +212,14 @@ def test_the_limit_is_the_training_length_with_what_is_decoded():
     assert show.warnings(config, Method("rope"), 60, new=5) == [
         "rope puts tokens 64 apart by token 65, beyond the training length 64: choose a method that reaches further"]
     assert "rope puts tokens 64 apart" in show.warnings(config, Method(), 65)[0]
+
+
+def test_parameters_that_follow_the_length_of_the_prompt_do_not_grow_with_what_is_decoded():
+    """The factor of pi is 1 for 60 tokens and 2 for 70."""
+    config = config_of(64)
+    assert show.warnings(config, Method("pi"), 70) == []
+    assert show.warnings(config, Method("pi"), 60, new=10) == [
+        "pi puts tokens 69 apart by token 70, beyond the training length 64: --set factor=2 would do"]
 
 
 @pytest.mark.parametrize("method, words", [
@@ -275,18 +285,18 @@ def test_the_memory_of_weights_and_cache():
 
 
 @pytest.mark.parametrize("method", ["rope", "nope", "rerope", "self-extend", "leaky-rerope", "mesa", "dca", "lampe",
-                                    "cosscale"])
+                                    "cosscale", "nope:cosine=8.0"])
 def test_the_memory_of_the_cache_is_what_decoding_fills(method):
     """Keys, values and their rotated copies of 150 tokens, in all layers, without the room for more."""
-    torch.manual_seed(0)
-    model, n, new = Llama(config_of(64)).eval(), 140, 11
-    logits, cache = prefill(model, torch.ones(1, n, dtype=torch.long), Method(method))
-    list(decode(model, logits, cache, Method(method), n, sample, new))
-    held = sum(k.shape[1] * len(cache) * k.shape[3] for k in (*cache.k, *cache.v))
-    rotated = sum(copy.keys.shape[1] * len(copy.positions) * copy.keys.shape[3] for copies in cache.copies
-                  for copy in copies if len(copy.positions) == len(cache))
-    last = show.last_query_plan(model.config, Method(method), n, n + 1)
-    keys = show.key_count(model.config, len(cache))
+    model, method, n, new = Llama(config_of(64)), Method.parse(method), 140, 11
+    logits, cache = prefill(model, torch.ones(1, n, dtype=torch.long), method)
+    list(decode(model, logits, cache, method, n, sample, new))
+    T = len(cache)
+    copies = [copy for layer in cache.copies for copy in layer if len(copy.positions) == T]
+    held = sum(x[:, :, :T].numel() for x in (*cache.k, *cache.v))
+    rotated = sum(copy.keys[:, :, :T].numel() for copy in copies)
+    last = show.last_query_plan(model.config, method, n, n + 1)
+    keys = show.key_count(model.config, T)
     assert held == 2 * keys and rotated == show.rotated_copies(last) * keys
 
 
@@ -319,6 +329,7 @@ def test_settings_in_the_name_and_in_set_are_the_same(command):
              command("mesa", *length, "--set", "first=2,chunk=4,width=2"),
              command("mesa:first=2", *length, "--set", "chunk=4", "--set", "width=2")]
     assert texts[0] == texts[1] == texts[2] and texts[0][0] == 0
+    assert texts[0][1].splitlines()[12].split() == "7 6 6 5 5 4 4 3 3 2 1 0".split()
 
 
 @pytest.mark.parametrize("method", METHODS)
