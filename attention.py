@@ -36,10 +36,11 @@ def attend(q, k, v, plan, impl="auto", rotated=None):
     if impl == "triton":
         return attend_triton(q, k, v, plan)
     executor = attend_fused if impl == "fused" else attend_tiled
-    if rotated is not None or torch.is_grad_enabled():
+    groups = head_groups(q, k, plan)
+    if len(groups) == 1 or rotated is not None or torch.is_grad_enabled():
         return executor(q, k, v, plan, rotated=rotated)
     out = torch.empty_like(q)
-    for heads, key_heads in head_groups(q, k, plan):
+    for heads, key_heads in groups:
         executor(q[:, heads], k[:, key_heads], v[:, key_heads], plan, out=out[:, heads])
     return out
 

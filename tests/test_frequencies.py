@@ -306,6 +306,8 @@ def test_scales_are_functions_of_each_query(name):
     ("llama3", {"low_freq_factor": -1.0}, "low_freq_factor"), ("llama3", {"high_freq_factor": 0}, "high_freq_factor"),
     ("llama3", {"low_freq_factor": 4.0}, "low_freq_factor 4.0 must be below high_freq_factor 4.0"),
     ("yarn", {"original_max_position_embeddings": 10.5}, "original_max_position_embeddings"),
+    ("yarn", {"beta_fast": 1, "beta_slow": 2}, "beta_slow 2"), ("longrope", {"factor": 0, **phi(8)}, "factor"),
+    ("yarn", {"factor": 4.0, "mscale": -1.0, "mscale_all_dim": 1.0}, "mscale"),
     ("longrope", {}, "short_factor and long_factor, 4 numbers each"),
     ("longrope", {"short_factor": [1.0] * 3}, "4 numbers each"), ("longrope", {"short_factor": 2.0}, "4 numbers each"),
     ("longrope", {"short_factor": [1.0, 1.0, 0, 1.0]}, "a factor of longrope"),

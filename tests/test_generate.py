@@ -351,7 +351,7 @@ def test_ctrl_c_ends_with_what_was_generated():
     process.stdout.read(20)  # it has begun to write
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode in (0, 130) and b"Traceback" not in err and b"decode" in err
 
 

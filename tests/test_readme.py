@@ -79,5 +79,5 @@ def test_add_a_method_as_the_readme_says(tmp_path):
         end = text.index("\n}\n", start) + 1  # the line that closes the table
         text = text[:start] + "\n" + function + "\n" + text[start:end] + row + text[end:]
         (tmp_path / file).write_text(text, encoding="utf-8")
-    done = subprocess.run([sys.executable, "-c", CHECKS], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", CHECKS], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and done.stdout.rstrip().endswith("True"), done.stderr
