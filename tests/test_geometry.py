@@ -421,7 +421,7 @@ def test_dynamic_split_table(n, chunk, chunks):
 
 
 @pytest.mark.parametrize("L, lengths", [
-    (32, range(33, 2049, 61)), (64, range(65, 4097, 139)), (100, range(101, 6401, 307)), (256, range(257, 16385, 997)),
+    (32, range(33, 2049, 97)), (64, range(65, 4097, 197)), (100, range(101, 6401, 397)), (256, range(257, 16385, 1597)),
     (2048, [2049, 2050, 2100, 3000, 3223, 4096, 4097, 12345, 131072])])
 def test_mesa_stays_below_the_training_length(L, lengths):
     """All that mesa is for: no distance reaches L, up to 64 L, and for about L/4 decoded tokens more; chunks fit L."""
