@@ -195,7 +195,7 @@ def type_name(dtype):
 def keep_freed_memory(most=2 ** 29, block=2 ** 25):
     """Let malloc keep up to `most` bytes of freed memory, in blocks below `block` bytes, for what comes next.
 
-    Memory given back and taken anew costs a page fault per 4 KiB, up to a quarter of a long prefill on a CPU. Where
+    Memory given back and taken anew costs a page fault per 4 KiB, up to a fifth of a 1B model's prefill on a CPU. Where
     malloc is not glibc's, nothing happens.
     """
     try:
