@@ -1,4 +1,5 @@
-"""Attention over a Plan: read attend_dense first, it is the definition; attend_tiled is what runs on a CPU.
+"""Attention over a Plan: read attend_dense first, it is the definition; attend_tiled is what runs on a CPU, and
+attend_row when decoding.
 
 Does: score un-rotated queries against un-rotated keys, each region at its own positions; one softmax over all regions.
 Does not: choose positions (positions.py makes the Plan), turn them into angles (rotation.py), project, or cache.
@@ -16,17 +17,19 @@ import torch
 import torch.nn.functional as F
 
 from rotation import rotate_keys, rotate_queries, row_blocks, unit_length
+from single_row import flash_attention, matmul_attention
 from tiles import NEVER, edge_mask, region_tiles, visible_span
 
 IMPLEMENTATIONS = ("auto", "dense", "tiled", "triton")
 
 
-def attend(q, k, v, plan, impl="auto", rotated=None):
+def attend(q, k, v, plan, impl="auto", rotated=None, row=None):
     """Softmax attention (B, H, Tq, D) of q (B, H, Tq, D) over k, v (B, Hkv, Tk, D), by a plan made for Tq and Tk.
 
     impl: "dense", "tiled", "triton", or "auto": PyTorch's fused attention where the plan is plainly causal, else triton
     on CUDA and tiled elsewhere, or dense where a gradient is wanted.
-    rotated: for each of plan.key_positions the keys (B, Hkv, Tk, D) rotated to it, where the caller keeps them.
+    Of use to one query alone: rotated, for each of plan.key_positions the keys (B, Hkv, Tk, D) rotated to it, where the
+    caller keeps them; and row, one of single_row.ATTENTIONS.
     Raises ValueError where the shapes do not fit together, or Triton is asked for and cannot run.
     """
     check_shapes(q, k, v, plan)
@@ -35,10 +38,12 @@ def attend(q, k, v, plan, impl="auto", rotated=None):
         return attend_dense(q, k, v, plan)
     if impl == "triton":
         return attend_triton(q, k, v, plan)
+    if impl == "row":
+        return attend_row(q, k, v, plan, rotated, row)
     executor = attend_fused if impl == "fused" else attend_tiled
     groups = head_groups(q, k, plan)
-    if len(groups) == 1 or rotated is not None or torch.is_grad_enabled():
-        return executor(q, k, v, plan, rotated=rotated)
+    if len(groups) == 1 or torch.is_grad_enabled():
+        return executor(q, k, v, plan)
     out = torch.empty_like(q)
     for heads, key_heads in groups:
         executor(q[:, heads], k[:, key_heads], v[:, key_heads], plan, out=out[:, heads])
@@ -46,7 +51,7 @@ def attend(q, k, v, plan, impl="auto", rotated=None):
 
 
 def choose(impl, q, k, v, plan):
-    """The executor for impl: "dense", "fused", "tiled" or "triton"."""
+    """The executor for impl: "dense", "fused", "tiled", "row" or "triton"."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown attention implementation {impl!r}; there are {', '.join(IMPLEMENTATIONS)}")
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -54,13 +59,15 @@ def choose(impl, q, k, v, plan):
         raise ValueError(f"impl={impl} has no gradient: use dense or auto")
     if impl == "triton" and triton_missing(q):
         raise ValueError(f"impl=triton: this machine lacks {triton_missing(q)}")
-    if impl != "auto":
+    if impl in ("dense", "triton"):
         return impl
-    if is_causal(plan):
-        return "fused"
-    if wants_gradient:
-        return "dense"
-    return "triton" if q.is_cuda and not triton_missing(q) else "tiled"
+    if impl == "auto" and wants_gradient:
+        return "fused" if is_causal(plan) else "dense"
+    if impl == "auto" and q.is_cuda and not triton_missing(q) and not is_causal(plan):
+        return "triton"
+    if q.shape[2] == 1:
+        return "row"
+    return "fused" if impl == "auto" and is_causal(plan) else "tiled"
 
 
 def triton_missing(q):
@@ -148,35 +155,57 @@ def attend_dense(q, k, v, plan, return_weights=False):
 # fused: a plan that is plain causal attention
 
 def is_causal(plan):
-    """Whether PyTorch's own causal attention computes this plan: one region, all keys up to the query, no ALiBi.
-
-    Its mask starts at the first key, so the queries must too, or be a single one that sees every key.
-    """
-    if len(plan.regions) > 1 or plan.slopes is not None or plan.Tq not in (1, plan.Tk):
+    """Whether PyTorch's own causal attention computes this plan: one region, all keys up to the query, no ALiBi."""
+    if len(plan.regions) > 1 or plan.slopes is not None or plan.Tq != plan.Tk:
         return False
 
     def sees_all_before():
         region = plan.regions[0]
-        triangle = torch.arange(plan.Tk - plan.Tq + 1, plan.Tk + 1)
-        return not region.start.any() and torch.equal(region.end, triangle)
+        return not region.start.any() and torch.equal(region.end, torch.arange(1, plan.Tk + 1))
     return plan.shared("causal", sees_all_before)
 
 
-def attend_fused(q, k, v, plan, rotated=None, out=None):
+def attend_fused(q, k, v, plan, out=None):
     """scaled_dot_product_attention for a plan that is_causal; out as in attend_tiled."""
     queries = rotate_queries(q, plan, 0)
-    keys = rotated[0] if rotated else rotate_keys(k, plan, 0)
-    if plan.Tq == 1:  # decoding: the query heads of a key head become its rows, so that k is read once
-        result = F.scaled_dot_product_attention(fold(queries, k.shape[1]), keys, v).reshape(q.shape)
-    else:
-        result = F.scaled_dot_product_attention(queries, keys, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    keys = rotate_keys(k, plan, 0)
+    result = F.scaled_dot_product_attention(queries, keys, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     return result if out is None else out.copy_(result)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# row: one query, as in decoding
+
+def attend_row(q, k, v, plan, rotated=None, row=None):
+    """One query, q (B, H, 1, D): attention to the keys of each region, merged by their log-sum-exp. See attend."""
+    Hkv = k.shape[1]
+    row = row or (flash_attention if has_flash(q) else matmul_attention)
+    outs = []
+    lses = []
+    for number, region in enumerate(plan.regions):
+        first, end = int(region.start[0]), int(region.end[0])
+        if first == end:
+            continue
+        # 1. the keys that are seen, rotated; the query heads that share a key head are rows that meet it together
+        key_set = plan.key_set[number]
+        keys = rotated[key_set][:, :, first:end] if rotated else rotate_keys(k[:, :, first:end], plan, key_set, first)
+        queries = fold(rotate_queries(q, plan, number), Hkv)  # (B, Hkv, G, D)
+        bias = alibi_bias(plan, region, slice(None), slice(first, end), q.device)
+        # 2. attention to them alone
+        out, lse = row(queries, keys, v[:, :, first:end], None if bias is None else fold(bias[None], Hkv))
+        outs.append(out)
+        lses.append(lse)
+    # 3. the regions' parts, weighted by their sums of exp(score)
+    if len(outs) == 1:
+        return outs[0].reshape(q.shape)
+    weights = torch.stack(lses).softmax(0)[..., None]
+    return (torch.stack(outs) * weights).sum(0).to(q.dtype).reshape(q.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tiled: what runs on a CPU
 
-def attend_tiled(q, k, v, plan, block_q=256, block_k=1024, rotated=None, out=None):
+def attend_tiled(q, k, v, plan, block_q=256, block_k=1024, out=None):
     """Region by region, piece by piece, merged by their log-sum-exp: O(Tq + Tk) memory, never T x T.
 
     Softmax over the union of two sets of keys is a weighted mean of the softmax over each, weights being their sums of
@@ -192,7 +221,7 @@ def attend_tiled(q, k, v, plan, block_q=256, block_k=1024, rotated=None, out=Non
     for key_set in range(len(plan.key_positions)):
         # 1. rotate the keys that some query sees at these positions
         first, stop = visible_span(plan, key_set)
-        keys = rotated[key_set][:, :, first:stop] if rotated else rotate_keys(k[:, :, first:stop], plan, key_set, first)
+        keys = rotate_keys(k[:, :, first:stop], plan, key_set, first)
         for number in range(len(plan.regions)):
             if plan.key_set[number] != key_set:
                 continue
@@ -202,7 +231,8 @@ def attend_tiled(q, k, v, plan, block_q=256, block_k=1024, rotated=None, out=Non
                 for lo, hi, kind in pieces:
                     bias = piece_bias(plan, number, rows, slice(lo, hi), kind, q.device)
                     part = attend_piece(queries, keys[:, :, lo - first:hi - first], v[:, :, lo:hi], bias, kind)
-                    merge(total[:, :, rows], lse[:, :, rows], *part)
+                    seeing = slice(rows.start, rows.start + part[0].shape[2])
+                    merge(total[:, :, seeing], lse[:, :, seeing], *part)
     return total.to(q.dtype) if out is None else out.copy_(total)
 
 
@@ -223,16 +253,15 @@ def has_flash(q):
 
 
 def attend_piece(q, k, v, bias, kind):
-    """Attention (B, H, rows, D) over one piece, and its log-sum-exp (B, H, rows) in float32."""
+    """Attention (B, H, rows, D) over one piece, and its log-sum-exp (B, H, rows) in float32: of all rows, or of all but
+    the last, which sees nothing of a "shrinking" piece."""
     if not has_flash(q):
         return plain_piece(q, k, v, bias)
-    shape = q.shape
-    if shape[2] == 1:  # decoding: the query heads of a key head become its rows, so that its keys are read once
-        q = fold(q, k.shape[1])
-        bias = None if bias is None else fold(bias, k.shape[1])
+    if kind == "shrinking":  # read backwards, rows and keys alike, it is a growing one
+        out, lse = attend_piece(q[:, :, :-1].flip(2), k.flip(2), v.flip(2), bias, "growing")
+        return out.flip(2), lse.flip(2)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = flash(q, k, v, is_causal=kind == "triangle", attn_mask=bias)
-    return out.reshape(shape), lse.reshape(shape[:3])
+    return flash(q, k, v, is_causal=kind == "growing", attn_mask=bias)
 
 
 def plain_piece(q, k, v, bias):

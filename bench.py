@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+import bench_llama_cpp
 from attention import attend, attend_dense
 from checkpoint import available_memory, weight_bytes
 from cli import (keep_freed_memory, markdown, method_list, number, pick_device, plain_parser, read_rows, run_command,
@@ -50,11 +51,12 @@ L = 4096  # training length of the attention benchmarks
 LAYER_METHODS = ("rope", "rerope:window=512", "leaky-rerope:window=512", "self-extend:window=512", "lampe:head=512",
                  "dca:chunk=1024:top=4095", "mesa:first=1024:chunk=1024:last=1024", "lm-infinite:local=2048",
                  "streaming-llm:recent=1020")
-MODEL_METHODS = ("rope", "mesa")
+MODEL_METHODS = ("rope", "mesa", "rerope")
 PYTORCH = "pytorch causal"
 PYTORCH_STEP = "pytorch, keys rotated before"
 ROTATE_ALL = "all keys rotated at each step"
 TRANSFORMERS = "transformers sdpa"
+LLAMA_CPP = "llama.cpp bf16"
 
 
 @dataclass
@@ -172,7 +174,7 @@ def machine(device):
     """What a reader needs to know of the machine and of versions."""
     found = {"device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
              "python": platform.python_version()}
-    for package in ("torch", "triton", "transformers"):
+    for package in ("torch", "triton", "transformers", "llama_cpp_python"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -490,21 +492,24 @@ def random_weight(block, name, shape):
 
 @dataclass
 class Engines:
-    """The same weights in our model, and in those of transformers for which there is room."""
+    """The same weights in our model, in those of transformers for which there is room, and in llama.cpp."""
     ours: Llama
     transformers: dict  # {name: model}
+    llama_cpp: dict     # {name: LlamaCpp}, each in a process of its own
 
 
 @torch.no_grad()
 def whole_model(args, report):
-    """Prefill and decoding of a whole model in tokens per second, beside transformers and the arithmetic floor."""
+    """Prefill and decoding of a whole model in tokens per second, beside transformers, llama.cpp and the floor."""
     folder = random_checkpoint(args)
-    ours = load_model(folder, Config.from_hf(folder), torch.bfloat16, args.device)
-    engines = Engines(ours, transformers_models(args, folder, ours))
+    ours = load_model(folder, Config.from_hf(folder), torch.bfloat16, args.device, tokens=10 ** 9)
+    engines = Engines(ours, transformers_models(args, folder, ours), llama_cpp_engines(args, folder, ours))
     for n in args.lengths:
         ids = random_ids(n, args.device)
         prefilling(args, report, engines, ids)
         decoding(args, report, engines, ids)
+    for engine in engines.llama_cpp.values():
+        engine.close()
 
 
 def random_ids(n, device):
@@ -537,11 +542,32 @@ def transformers_models(args, folder, ours):
     return models
 
 
-def times_transformers(measured, name):
-    """How many times as fast as transformers a candidate is; nan where transformers has not been timed."""
-    if TRANSFORMERS not in measured:
-        return math.nan
-    return measured[TRANSFORMERS].median / measured[name].median
+def llama_cpp_engines(args, folder, ours):
+    """{name: LlamaCpp} of the same weights, those in bfloat16 checked to give the same logits under rope."""
+    missing = bench_llama_cpp.missing()
+    if missing or args.device != "cpu":
+        say(f"llama.cpp is left out: {'it runs on a CPU here' if not missing else 'pip install ' + ' '.join(missing)}")
+        return {}
+    ids = random_ids(64, args.device)
+    want = ours(ids, ours.plan("rope", n=64), last_only=True)[0, -1]
+    engines = {}
+    for kind in bench_llama_cpp.KINDS:
+        path = bench_llama_cpp.write_gguf(folder, kind)
+        engine = bench_llama_cpp.LlamaCpp(path, args.threads, max(args.lengths) + 64)
+        try:
+            logits = engine.prefill(ids[0].tolist())
+        except RuntimeError as error:  # as where it was compiled for another processor
+            say(f"llama.cpp {kind} is left out: {error}")
+            continue
+        if kind == "bf16":
+            check("llama.cpp", logits, want, torch.bfloat16)
+        engines[f"llama.cpp {kind}"] = engine
+    return engines
+
+
+def times(measured, other, name):
+    """How many times as fast as another a candidate is; nan where the other has not been timed."""
+    return measured[other].median / measured[name].median if other in measured else math.nan
 
 
 def prefilling(args, report, engines, ids):
@@ -555,6 +581,9 @@ def prefilling(args, report, engines, ids):
         if "eager" not in name or matrices < available_memory():
             calls[name] = partial(model, ids, use_cache=True, logits_to_keep=1)
             pairs[name] = n * (n + 1) // 2
+    for name, engine in engines.llama_cpp.items():
+        calls[name] = partial(engine.prefill, ids[0].tolist())
+        pairs[name] = n * (n + 1) // 2
     for method in args.methods:
         calls[str(method)] = partial(prefill, engines.ours, ids, method)
         pairs[str(method)] = int(visible_keys(method.plan(config, n)).sum())
@@ -563,7 +592,8 @@ def prefilling(args, report, engines, ids):
     rows = []
     for name, mine in measured.items():
         rows.append({"prefill": name, "tokens": n, "seconds": mine.median, "tokens/s": n / mine.median,
-                     "x transformers sdpa": times_transformers(measured, name),
+                     "x transformers sdpa": times(measured, TRANSFORMERS, name),
+                     "x llama.cpp bf16": times(measured, LLAMA_CPP, name),
                      "floor s": prefill_work(engines.ours, n, pairs[name]) / flops, "peak MiB": mine.peak / 2 ** 20})
     report.add("prefill", f"prefill of {n} tokens, {args.shape}, bfloat16", rows)
 
@@ -584,6 +614,9 @@ def decoding(args, report, engines, ids, tokens=8):
     calls = {}
     if TRANSFORMERS in engines.transformers:
         calls[TRANSFORMERS] = transformers_decoding(engines.transformers[TRANSFORMERS], ids, tokens)
+    for name, engine in engines.llama_cpp.items():
+        engine.prefill(ids[0].tolist())
+        calls[name] = partial(engine.decode, n, tokens)
     for method in args.methods:
         calls[str(method)] = our_decoding(engines.ours, ids, method, tokens, room=tokens * (rounds + 1))
     measured = race(calls, rounds, args.device)
@@ -592,9 +625,10 @@ def decoding(args, report, engines, ids, tokens=8):
     for name, mine in measured.items():
         seconds = mine.median / tokens
         rows.append({"decode": name, "context": n, "ms/token": seconds * 1e3, "tokens/s": 1 / seconds,
-                     "x transformers sdpa": times_transformers(measured, name),
+                     "x transformers sdpa": times(measured, TRANSFORMERS, name),
+                     "x llama.cpp bf16": times(measured, LLAMA_CPP, name),
                      "floor ms (weights and cache at copy speed)": floor * 1e3})
-    report.add("decode model", f"decoding after {n} tokens, {args.shape}, bfloat16", rows)
+    report.add("decode model", f"decoding after {n} tokens, {args.shape}, bfloat16, {engines.ours.ways}", rows)
 
 
 def transformers_decoding(model, ids, tokens):

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from checkpoint import find_checkpoint, refuse_unfinished
 from geometry import METHODS
 from model import DTYPES, Config
 from positions import Method
+from single_row import has_compiler
 from tokenizer import load_tokenizer
 
 
@@ -207,15 +207,24 @@ def keep_freed_memory(most=2 ** 29, block=2 ** 25):
 
 
 def compile_dense(model):
-    """Let torch.compile fuse all of a Llama but its attention, in place: takes about a minute at the first tokens.
+    """Let torch.compile fuse the feed-forward networks of a Llama, in place, for more than one token at a time: takes
+    half a minute, and a prompt is read up to a fifth faster.
 
     Raises ValueError where there is no C++ compiler.
     """
-    if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+    if not has_compiler():
         raise ValueError("torch.compile needs a C++ compiler (g++ or clang++), and there is none")
     for block in model.model.layers:
-        for part in (block.input_layernorm, block.post_attention_layernorm, block.mlp):
-            part.compile(dynamic=True)
+        block.feed_forward = compiled_for_many(block.feed_forward)
+
+
+def compiled_for_many(f):
+    """f(x) (B, T, *), compiled where T is more than one: single_row.py is for one."""
+    compiled = torch.compile(f, dynamic=True)
+
+    def run(x):
+        return f(x) if x.shape[1] == 1 else compiled(x)
+    return run
 
 
 def peak_memory(device):

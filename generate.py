@@ -127,7 +127,7 @@ def parse_args(argv):
     flag("freq", metavar="RULE", help="frequencies, for a method that has none of its own; default: the model's; "
          f"one of {', '.join(FREQUENCIES)}")
     flag("attn-scale", metavar="SCALE", help=f"default: the method's own; one of {', '.join(SCALES)}")
-    flag("compile", action="store_true", help="fuse MLPs and norms with torch.compile: for long runs")
+    flag("compile", action="store_true", help="use torch.compile wherever it is faster: for long runs")
     flag("list-methods", action="store_true")
     flag("explain", action="store_true", help="say what the method would do with this prompt, and stop")
     return parser.parse_args(argv)
@@ -243,8 +243,10 @@ def run(argv=None):
     device, dtype = place(args, config)
     if args.explain:
         print(explain(config, method, len(ids), args.max_new_tokens, dtype))
+    model = load_model(path, config, dtype, device, tokens=10 ** 9 if args.compile else args.max_new_tokens)
+    if args.explain:
+        print(f"decoding on {device}: {model.ways}")
         return 0
-    model = load_model(path, config, dtype, device)
     if args.compile:
         compile_dense(model)
     say(settings_line(resolved_settings(args, config, method, len(ids), dtype, device)))

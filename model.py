@@ -19,6 +19,7 @@ from attention import attend
 from checkpoint import config_fields, find_checkpoint, read_weights
 from frequencies import positive, whole
 from positions import Method
+from single_row import ATTENTIONS, PRODUCTS, Ways, fastest_ways
 from tokenizer import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -107,22 +108,24 @@ def is_single_row(x):
     return x.numel() == x.shape[-1] and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-def linear(x, weight, bias=None):
-    """F.linear; for a single row by mv, which reads weights up to twice as fast."""
+def linear(x, weight, bias, product):
+    """F.linear; for a single row by product, one of single_row.PRODUCTS."""
     if not is_single_row(x):
         return F.linear(x, weight, bias)
-    out = torch.mv(weight, x.flatten())
-    if bias is not None:
-        out = out + bias
-    return out.view(*x.shape[:-1], -1)
+    out = product(x.view(1, -1), weight).view(*x.shape[:-1], -1)
+    return out if bias is None else out + bias
 
 
 class Linear(nn.Linear):
+    product = staticmethod(PRODUCTS[Ways().product])  # of a single row
+
     def forward(self, x):
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.product)
 
 
 class Attention(nn.Module):
+    row = staticmethod(ATTENTIONS[Ways().attention])  # attention of a single row
+
     def __init__(self, c, layer):
         super().__init__()
         self.head_dim = c.head_dim
@@ -142,7 +145,7 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)       # (B, Hkv, Tk, D), un-rotated
             if x.shape[1] == 1 and not x.is_cuda:       # decoding; on CUDA the kernel rotates keys as it reads them
                 rotated = cache.rotated(self.layer, plan)
-        out = attend(q, k, v, plan, impl, rotated)      # (B, H, Tq, D)
+        out = attend(q, k, v, plan, impl, rotated, self.row)    # (B, H, Tq, D)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def heads(self, x):
@@ -210,6 +213,7 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.ways = Ways()                              # how a single row is computed, see use_ways
         self.plan = config.plan                         # plan = model.plan("mesa", n=len(ids))
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
@@ -228,7 +232,18 @@ class Llama(nn.Module):
         if last_only:  # of the other tokens the last layer then needs only keys and values: nearly a layer less to do
             plans[-1] = plans[-1].last()
         x = self.model(tokens, plans, cache, impl)
-        return linear(x, self.model.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
+        if self.config.tie_word_embeddings:
+            return linear(x, self.model.embed_tokens.weight, None, PRODUCTS[self.ways.product])
+        return self.lm_head(x)
+
+    def use_ways(self, ways):
+        """Compute single rows by these single_row.Ways."""
+        self.ways = ways
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.product = PRODUCTS[ways.product]
+            elif isinstance(module, Attention):
+                module.row = ATTENTIONS[ways.attention]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,8 +261,11 @@ def load(path, dtype=torch.float32, device="cpu", train_len=None):
     return load_model(path, config, dtype, device), tokenizer
 
 
-def load_model(path, config, dtype=None, device="cpu"):
-    """The Llama of a folder in evaluation mode; dtype as in load."""
+def load_model(path, config, dtype=None, device="cpu", tokens=0):
+    """The Llama of a folder in evaluation mode; dtype as in load.
+
+    tokens: how many it will decode, which says whether compiling for that may pay; see single_row.fastest_ways.
+    """
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ValueError(f"weights of type {dtype} are not supported; there are {', '.join(DTYPES)}")
@@ -256,4 +274,6 @@ def load_model(path, config, dtype=None, device="cpu"):
         model = Llama(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     model.load_state_dict(read_weights(path, shapes, dtype, device), assign=True)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    model.use_ways(fastest_ways(model, tokens))
+    return model

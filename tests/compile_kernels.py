@@ -71,19 +71,18 @@ def decode_binary(D, arch, size=2, rotary_dim=None):
 
 
 def main():
-    found = {}
-    for arch in (80, 90):
-        for D in (64, 128):
-            found[f"prefill sm_{arch} D={D}"] = prefill_binary(D, arch)
-            found[f"decode sm_{arch} D={D}"] = decode_binary(D, arch)
-    for arch in (80, 89, 90):
-        found[f"prefill sm_{arch} D=128 ALiBi"] = prefill_binary(128, arch, tilt=True)
-        found[f"prefill sm_{arch} D=256"] = prefill_binary(256, arch)
-        found[f"decode sm_{arch} D=256"] = decode_binary(256, arch)
-        found[f"decode sm_{arch} D=256 fp32"] = decode_binary(256, arch, size=4)
-    found["prefill sm_89 D=128"] = prefill_binary(128, 89)
-    found["decode sm_89 D=128 fp32"] = decode_binary(128, 89, size=4)
-    found["decode sm_90 D=128 half rotary"] = decode_binary(128, 90, rotary_dim=64)
+    found = {
+        "prefill sm_80 D=64": prefill_binary(64, 80),
+        "prefill sm_90 D=128": prefill_binary(128, 90),
+        "prefill sm_80 D=128 ALiBi": prefill_binary(128, 80, tilt=True),
+        "prefill sm_89 D=128 ALiBi": prefill_binary(128, 89, tilt=True),
+        "prefill sm_89 D=256": prefill_binary(256, 89),
+        "decode sm_80 D=64": decode_binary(64, 80),
+        "decode sm_90 D=128": decode_binary(128, 90),
+        "decode sm_90 D=128 half rotary": decode_binary(128, 90, rotary_dim=64),
+        "decode sm_89 D=256": decode_binary(256, 89),
+        "decode sm_89 D=256 fp32": decode_binary(256, 89, size=4),
+    }
     print(json.dumps(found))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_golden import LLAMA3, SIZES, YARN, weight
+from make_golden import LLAMA3, SIZES, weight
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -96,37 +96,24 @@ def test_weights_are_copied_where_there_is_room(free, folder, monkeypatch):
     assert is_as_written(model) == (free > 0)
 
 
-def test_old_rotary_buffers_are_ignored(folder):
-    """LLaMA-1 conversions store rotary_emb.inv_freq in every layer; ours computes its own."""
+def test_tied_heads_and_old_rotary_buffers(folder):
+    """LLaMA-1 is saved with rotary_emb.inv_freq in every layer, some tied models with their embedding as the head."""
     change_tensors(folder, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)})
+    assert is_as_written(read(folder))
+    write_config(folder, tie_word_embeddings=True)
+    assert is_as_written(read(folder))
+    change_tensors(folder, {"lm_head.weight": None})
     assert is_as_written(read(folder))
 
 
-@pytest.mark.parametrize("carries_head", [False, True])
-def test_tied_checkpoint(carries_head, folder):
-    """The head is the embedding; some tied models are saved with a copy of it as lm_head.weight."""
-    write_config(folder, tie_word_embeddings=True)
-    if not carries_head:
-        change_tensors(folder, {"lm_head.weight": None})
-    model = read(folder)
-    assert is_as_written(model) and "lm_head.weight" not in dict(model.named_parameters())
-    x = model.model(torch.arange(9)[None], [model.plan(n=9)], None, "auto")
-    want = x @ weight("model.embed_tokens.weight", (64, 32)).T
-    assert torch.allclose(model(torch.arange(9)[None], model.plan(n=9)), want, atol=1e-5)
-
-
 @pytest.mark.parametrize("dtype, want", [
-    (None, torch.bfloat16), (torch.float32, torch.float32), (torch.float16, torch.float16),
-    ("bfloat16", torch.bfloat16), ("float32", torch.float32)], ids=str)
+    (None, torch.bfloat16), (torch.float16, torch.float16), ("float32", torch.float32)], ids=str)
 def test_dtype(dtype, want, folder):
     """A type, its name, or None for what is stored."""
     save_file({name: weight(name, shape).bfloat16() for name, shape in SHAPES.items()}, folder / "model.safetensors")
     model = read(folder, dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {want}
     assert torch.equal(model.model.norm.weight.bfloat16(), weight("model.norm.weight", (32,)).bfloat16())
-
-
-def test_unknown_dtype(folder):
     with pytest.raises(ValueError, match="int8.*bfloat16"):
         read(folder, dtype="int8")
 
@@ -142,9 +129,9 @@ def touched(path):
     model = load_model(path, Config.from_hf(path))
     return model, [p.view(torch.int16).max() for p in model.parameters()]  # reads every page
 
-touched(sys.argv[1])  # a tiny one first: what torch imports on first use is not the loader's
+touched("checkpoints/tiny")  # first: what torch imports on first use is not the loader's
 before = status("VmRSS")
-held = touched(sys.argv[2])
+held = touched(sys.argv[1])
 print(status("VmHWM") - before)
 """
 
@@ -154,17 +141,14 @@ def test_loading_takes_the_memory_of_the_checkpoint_once(tmp_path):
     """120 MB of bfloat16, copied tensor by tensor: at most 1.1 times its size with every weight touched."""
     wide = {**SIZES, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 6, "head_dim": 64,
             "num_attention_heads": 16, "num_key_value_heads": 16}
-    for name, fields in (("small", SIZES), ("large", wide)):
-        (tmp_path / name).mkdir()
-        write_config(tmp_path / name, **fields)
-        with torch.device("meta"):
-            shapes = {name: p.shape for name, p in Llama(Config(**fields)).named_parameters()}
-        tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-        save_file(tensors, tmp_path / name / "model.safetensors")
-    size = weight_bytes(tmp_path / "large")
-    out = subprocess.run([sys.executable, "-c", LOADING, tmp_path / "small", tmp_path / "large"], capture_output=True,
-                         text=True, check=True, cwd=ROOT)
-    assert size > 120e6 and float(out.stdout) <= 1.1 * size
+    write_config(tmp_path, **wide)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Llama(Config(**wide)).named_parameters()}
+    tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    size = weight_bytes(tmp_path)
+    done = subprocess.run([sys.executable, "-c", LOADING, tmp_path], stdout=subprocess.PIPE, check=True, cwd=ROOT)
+    assert size > 120e6 and float(done.stdout) <= 1.1 * size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,51 +159,38 @@ def config_of(folder, train_len=None, **changes):
     return Config.from_hf(folder, train_len)
 
 
-@pytest.mark.parametrize("fields, L", [
-    ({}, 32),
-    ({"max_position_embeddings": ...}, 2048),
-    ({"original_max_position_embeddings": 8}, 8),
-    ({"rope_scaling": YARN}, 16), ({"rope_parameters": LLAMA3}, 16),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 16}}, 16),
-    ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, 32),
-    ({"position_encoding": "alibi"}, 32)], ids=str)
-def test_training_length(fields, L, tmp_path):
-    """original_max_position_embeddings wherever it is, else max_position_embeddings; train_len overrides both."""
-    assert config_of(tmp_path, **fields).train_len == L
-    assert config_of(tmp_path, train_len=7, **fields).train_len == 7
-
-
 @pytest.mark.parametrize("fields, want", [
     ({}, {"head_dim": 8, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": (2,), "dtype": "float32",
-          "rope_theta": 1e4, "freq": "rope", "cosine_attention": None, "rms_norm_eps": 1e-6}),
+          "rope_theta": 1e4, "freq": "rope", "cosine_attention": None, "rms_norm_eps": 1e-6, "train_len": 32}),
     ({"head_dim": ..., "num_key_value_heads": ...}, {"head_dim": 8, "num_key_value_heads": 4}),
-    ({"head_dim": None}, {"head_dim": 8, "num_key_value_heads": 2}),
     ({"head_dim": 16, "rms_norm_eps": 1e-5}, {"head_dim": 16, "rms_norm_eps": 1e-5}),
     ({"eos_token_id": [2, 5], "bos_token_id": None}, {"eos_token_id": (2, 5), "bos_token_id": None}),
     ({"eos_token_id": None, "bos_token_id": 0}, {"eos_token_id": (), "bos_token_id": 0}),
     ({"torch_dtype": "float16"}, {"dtype": "float16"}), ({"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
     ({"rope_theta": 5e5}, {"rope_theta": 5e5}),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.5}}, {"rope_theta": 7.5, "freq": "rope"}),
-    ({"rope_scaling": YARN}, {"freq": "yarn"}), ({"position_encoding": "alibi"}, {"freq": "alibi"}),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, {"freq": "yarn", "train_len": 32}),
+    ({"rope_parameters": LLAMA3}, {"freq": "llama3", "train_len": 16}),
+    ({"max_position_embeddings": ...}, {"train_len": 2048}),
+    ({"original_max_position_embeddings": 8}, {"train_len": 8}),
+    ({"position_encoding": "alibi"}, {"freq": "alibi", "train_len": 32}),
     ({"model_type": "mistral", "sliding_window": None}, {"freq": "rope"}),
     ({"cosine_attention": 24.0}, {"cosine_attention": 24.0})], ids=str)
 def test_fields_and_their_defaults(fields, want, tmp_path):
-    """LLaMA-1 folders have neither head_dim nor num_key_value_heads; newer ones have rope_parameters for rope_theta."""
+    """LLaMA-1 folders have neither head_dim nor num_key_value_heads; newer ones have rope_parameters for rope_theta.
+
+    L is original_max_position_embeddings wherever it is, else max_position_embeddings; train_len overrides both.
+    """
     config = config_of(tmp_path, **fields)
     assert {name: getattr(config, name) for name in want} == want
+    assert config_of(tmp_path, train_len=7, **fields).train_len == 7
 
 
 WRONG_FIELDS = {  # what is wrong in a config.json: the fields, and words of the message
     "no width": ({"hidden_size": ...}, ["hidden_size"]),
-    "no layers": ({"num_hidden_layers": ...}, ["num_hidden_layers"]),
-    "no vocabulary": ({"vocab_size": ...}, ["vocab_size"]),
-    "no heads": ({"num_attention_heads": ...}, ["num_attention_heads"]),
     "a size that is no number": ({"intermediate_size": "48"}, ["intermediate_size", "'48'"]),
     "heads that do not divide": ({"num_key_value_heads": 3}, ["num_key_value_heads 3", "num_attention_heads 4"]),
-    "a token outside": ({"eos_token_id": [2, 64]}, ["token id 64", "vocabulary of 64"]),
-    "no epsilon": ({"rms_norm_eps": 0}, ["rms_norm_eps"]),
     "unknown rope": ({"rope_scaling": {"rope_type": "x7"}}, ["x7", "yarn"]),
-    "unknown rope, new": ({"rope_parameters": {"rope_type": "x9"}}, ["x9", "llama3"]),
     "rope that is no object": ({"rope_scaling": "yarn"}, ["rope_scaling", "'yarn'"]),
     "rope without factor": ({"rope_scaling": {"rope_type": "linear"}}, ["'linear'", "factor"]),
     "partial rotary": ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
@@ -249,16 +220,12 @@ WRONG_FILES = {  # what is wrong in a folder: files with another text, or None: 
     "config a list": ({"config.json": "[1, 2]"}, ["config.json", "object"]),
     "no weights": ({"model.safetensors": None}, ["model.safetensors"]),
     "a pickle": ({"model.safetensors": None, "pytorch_model.bin": "x"}, ["pytorch_model.bin is a pickle"]),
-    "empty weights": ({"model.safetensors": ""}, ["model.safetensors", "not a whole"]),
-    "index cut": ({"model.safetensors": None, INDEX: "oops"}, [INDEX, "JSON"]),
     "index without map": ({"model.safetensors": None, INDEX: '{"weight_map": [1]}'}, [INDEX, "weight_map"]),
     "no shard": ({"model.safetensors": None, INDEX: '{"weight_map": {"x": "part-9"}}'}, ["part-9", "not there"]),
 }
 WRONG_TENSORS = {
     "one missing": ({"model.norm.weight": None}, ["lacks 1 tensors", "model.norm.weight"]),
-    "no head": ({"lm_head.weight": None}, ["lm_head.weight"]),
     "one too many": ({"extra": torch.zeros(2, 3)}, ["unexpected", "extra", "(2, 3)"]),
-    "a bias": ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, ["unexpected", "q_proj.bias"]),
     "wrong shape": ({"model.norm.weight": torch.zeros(31)}, ["model.norm.weight", "(31,)", "(32,)"]),
     "quantised": ({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}, ["model.norm.weight", "quantised"]),
 }
@@ -310,15 +277,11 @@ def test_a_checkpoint_is_a_folder_or_a_name_in_checkpoints(tmp_path, monkeypatch
     assert find_checkpoint("tiny") == Path("checkpoints/tiny")
 
 
-def test_no_folder(tmp_path):
-    for find in (find_checkpoint, load):
+def test_what_is_not_there_is_named(folder):
+    """The folder, or the tokenizer in it."""
+    for find in (find_checkpoint, load, Config.from_hf):
         with pytest.raises(FileNotFoundError, match="no-such-folder"):
-            find(tmp_path / "no-such-folder")
-    with pytest.raises(FileNotFoundError, match="no-such-folder"):
-        Config.from_hf(tmp_path / "no-such-folder")
-
-
-def test_load_needs_a_tokenizer(folder):
+            find(folder / "no-such-folder")
     with pytest.raises(FileNotFoundError, match="tokenizer.model"):
         load(folder)
 

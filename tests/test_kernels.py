@@ -22,14 +22,13 @@ from geometry import METHODS  # noqa: E402
 from positions import make_plan  # noqa: E402
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
-SHAPES = {"prompt": (101, 0, 2, 1, 16), "piece of a prompt": (101, 71, 1, 1, 16), "decoding": (133, 132, 4, 1, 16),
-          "decoding a head of its own": (77, 76, 2, 2, 32)}  # keys, first query, H, Hkv, D
-COMPOSITIONS = [("mesa", {"freq": "alibi"}), ("mesa", {"overlap": 4, "cosine": 8.0}), ("dca", {"freq": "yarn"}),
-                ("self-extend", {"freq": "yarn", "attn_scale": "infoscale"}), ("rerope", {"freq": "nope"}),
-                ("streaming-llm", {"freq": "alibi", "attn_scale": "logn"})]
-ROTARY = [(method, rotary) for method in ("yarn", "mesa", "leaky-rerope")
-          for rotary in ({"rotary_dim": 8}, {"interleaved": True}, {"interleaved": True, "rotary_dim": 12})]
-CASES = [(method, {}) for method in METHODS] + COMPOSITIONS + ROTARY
+PROMPT = (70, 0, 2, 1, 16)  # keys, first query, H, Hkv, D
+PIECE = (70, 45, 1, 1, 16)
+DECODING = (133, 132, 4, 2, 16)
+CASES = [*((method, {}) for method in METHODS), ("mesa", {"freq": "alibi"}), ("mesa", {"overlap": 4, "cosine": 8.0}),
+         ("dca", {"freq": "yarn"}), ("streaming-llm", {"freq": "alibi", "attn_scale": "logn"}),
+         ("mesa", {"rotary_dim": 8}), ("mesa", {"interleaved": True}), ("leaky-rerope", {"rotary_dim": 12}),
+         ("leaky-rerope", {"interleaved": True, "rotary_dim": 12})]
 
 
 @pytest.fixture
@@ -57,25 +56,25 @@ def error(method, params, shape, dtype=torch.float32, L=40):
 
 @pytest.mark.parametrize("method, params", CASES, ids=str)
 def test_every_method_equals_the_oracle(method, params, small_tiles):
-    """All shapes; where only frequencies or a scale change, one of prefill (q and k come rotated) and decoding."""
+    """Prefill and decoding; of a prompt a piece where only numbers change, as q and k come to its kernel rotated."""
     rounding = 5e-6 if method != "cosscale" else 2e-5  # CosScale's logits reach 32
     only_numbers = method in FREQUENCIES or method in SCALES
-    names = ["piece of a prompt", "decoding"] if only_numbers and method != "alibi" else SHAPES
-    for name in names:
-        assert error(method, params, SHAPES[name]) < rounding, name
+    prefill = PIECE if only_numbers and method != "alibi" else PROMPT
+    assert error(method, params, prefill) < rounding
+    assert error(method, params, DECODING) < rounding
 
 
-@pytest.mark.parametrize("D", [16, 24, 64, 80, 128, 256])
+@pytest.mark.parametrize("D", [24, 64, 80, 256])
 def test_every_head_width(D):
-    """With the tiles that ship; widths that are no power of two are padded."""
-    assert error("mesa", {}, (90, 0, 2, 1, D)) < 5e-6
-    assert error("mesa", {}, (90, 89, 2, 1, D)) < 5e-6
+    """With the tiles that ship; widths that are no power of two are padded. A piece of a prompt, and decoding alone."""
+    assert error("mesa", {}, (90, 20, 2, 1, D)) < 5e-6
+    assert error("mesa", {}, (90, 89, 2, 2, D)) < 5e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
 def test_half_precision(dtype):
     """(The interpreter multiplies bfloat16 bit patterns as integers, so bfloat16 needs a GPU.)"""
-    for shape in SHAPES.values():
+    for shape in (PROMPT, PIECE, DECODING):
         assert error("mesa", {}, shape, dtype) < 2e-2
 
 
@@ -83,14 +82,7 @@ def test_half_precision(dtype):
 def test_a_missing_device_is_one_clear_sentence(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="impl=triton: this machine lacks a CUDA device"):
-        error("rope", {}, SHAPES["prompt"])
-
-
-def test_pipeline_stages_fit_in_shared_memory():
-    """Tiles of 128 queries and 64 keys of 128 bfloat16: 3 stages take 128 * 256 + 3 * 2 * 64 * 256 = 131,072 bytes."""
-    assert kernels.fitting_stages(3, 128, 64, 256, 131_072) == 3
-    assert kernels.fitting_stages(3, 128, 64, 256, 131_071) == 2
-    assert kernels.fitting_stages(3, 128, 64, 256, 1) == 1
+        error("rope", {}, PROMPT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,8 +109,8 @@ def test_everything_fits_in_shared_memory(binaries):
         assert found["shared"] <= smallest, (name, found)
 
 
-@pytest.mark.parametrize("name", ["prefill sm_90 D=64", "prefill sm_90 D=128", "prefill sm_80 D=64",
-                                  "decode sm_90 D=64", "decode sm_90 D=128", "decode sm_80 D=64", "decode sm_80 D=128"])
+@pytest.mark.parametrize("name", ["prefill sm_90 D=128", "prefill sm_80 D=64", "decode sm_90 D=128",
+                                  "decode sm_80 D=64"])
 def test_usual_widths_use_tensor_cores_and_spill_nothing(name, binaries):
     found = binaries[name]
     assert found["registers"] <= 255 and found["stack"] == 0 and found["products"] > 0, found

@@ -4,12 +4,11 @@ What transformers computes is recorded in golden.json by make_golden.py, and com
 recorded checkpoints are random: the weight of a tensor is a formula of its name.
 """
 import json
-import math
 
 import pytest
 import torch
-from make_golden import (GOLDEN, GREEDY, HF_CONFIGS, KEPT, KEPT_OF_STORY, LLAMA3, LONGROPE, PROMPT, SIZES, STORY,
-                         TOKENS, YARN, hf_model, weight)
+from make_golden import (GOLDEN, GREEDY, HF_CONFIGS, KEPT, KEPT_OF_STORY, LONGROPE, PROMPT, SIZES, STORY, TOKENS, YARN,
+                         hf_model, weight)
 from oracle import oracle
 
 from cache import KVCache
@@ -17,10 +16,8 @@ from frequencies import FREQUENCIES
 from geometry import METHODS
 from model import Config, Llama, by_rows, load, load_model
 from plan import Plan, Region
-from positions import Method, make_plan
 
 GOLDEN = json.loads(GOLDEN.read_text(encoding="utf-8"))
-SHAPES = ["rope", "yarn", "alibi", "rerope", "self-extend", "dca", "streaming-llm", "lampe", "mesa"]  # one of each kind
 
 
 def random_model(**changes):
@@ -199,16 +196,16 @@ CUTS = [*((method, {}) for method in METHODS), ("mesa", {"overlap": 20}), ("lamp
 @torch.inference_mode()
 def test_pieces_and_decoding_equal_one_pass(method, params, tiny, cut):
     """The shipped model, window 256: a prompt of 300 in uneven pieces, then tokens one by one; where much depends on
-    the length of the prompt, 120 of them."""
+    the length of the prompt, 60 of them."""
     model, tokenizer = tiny
-    total = 420 if method in ("mesa", "lampe") else 312
+    total = 360 if method in ("mesa", "lampe") else 312
     tokens = torch.tensor([tokenizer.encode(STORY)[:total]])
     plan = plan_maker(model, method, 300, **params)
     decoded = [(t, t + 1) for t in range(300, total)]
     assert error(in_pieces(model, tokens, [*cut(300), *decoded], plan), model(tokens, plan(0, total))) < 1e-5
 
 
-@pytest.mark.parametrize("method", SHAPES)
+@pytest.mark.parametrize("method", ["rope", "alibi", "streaming-llm", "mesa"])
 @torch.inference_mode()
 def test_batches_biases_and_last_only_in_pieces(method, cut):
     """A model with biases and a tied head, whose single rows take a path of their own; one row of tokens, and two."""
@@ -244,75 +241,25 @@ def mixed_plans(model, n):
     return plans
 
 
-def test_a_plan_for_each_layer():
-    model = random_model(num_hidden_layers=4)
-    plans = mixed_plans(model, 50)(0, 50)
-    want = reference(model, TOKENS, by_oracle(*plans))
-    assert error(model(TOKENS, plans), want) < 1e-5
-    assert error(model(TOKENS, plans, impl="dense"), want) < 1e-5
-    assert error(model(TOKENS, plans, last_only=True), want[:, -1:]) < 1e-5
-    assert error(model(TOKENS, plans[::-1]), want) > 0.1
-
-
 @torch.inference_mode()
-def test_a_plan_for_each_layer_in_pieces(cut):
+def test_a_plan_for_each_layer(cut):
+    """In one pass, by every executor, and in pieces; the order of the layers makes a difference."""
     model = random_model(num_hidden_layers=4)
-    tokens = torch.cat([TOKENS, TOKENS.flip(1)], 1)
-    plans = mixed_plans(model, 80)
-    assert error(in_pieces(model, tokens, cut(100), plans), model(tokens, plans(0, 100))) < 1e-5
-
-
-def test_as_many_plans_as_layers():
-    model = random_model()
-    plan = model.plan("mesa", n=50)
-    assert torch.equal(model(TOKENS, [plan, plan]), model(TOKENS, plan))
-    with pytest.raises(ValueError, match="3 plans for 2 layers"):
-        model(TOKENS, [plan, plan, plan])
+    plans = mixed_plans(model, 40)
+    want = reference(model, TOKENS, by_oracle(*plans(0, 50)))
+    for impl in ("auto", "dense"):
+        assert error(model(TOKENS, plans(0, 50), impl=impl), want) < 1e-5
+    assert error(model(TOKENS, plans(0, 50), last_only=True), want[:, -1:]) < 1e-5
+    assert error(in_pieces(model, TOKENS, cut(50), plans), want) < 1e-5
+    assert error(model(TOKENS, plans(0, 50)[::-1]), want) > 0.1
+    with pytest.raises(ValueError, match="3 plans for 4 layers"):
+        model(TOKENS, plans(0, 50)[:3])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a rotary width below the head width, and pairs of neighbouring channels
+# other kinds of models
 
-def turned(x, width, interleaved):
-    """x (B, H, T, D) with its first `width` channels rotated as GPT-NeoX does, or, interleaved, as GLM does."""
-    angle = torch.arange(x.shape[2])[:, None] * 10000.0 ** (-torch.arange(0, width, 2).double() / width)
-    rotary = x[..., :width]
-    if interleaved:
-        angles = angle.repeat_interleave(2, -1)
-        swapped = torch.stack([-rotary[..., 1::2], rotary[..., 0::2]], -1).flatten(-2)
-    else:
-        angles = torch.cat([angle, angle], -1)
-        swapped = torch.cat([-rotary[..., width // 2:], rotary[..., :width // 2]], -1)
-    return torch.cat([rotary * angles.cos() + swapped * angles.sin(), x[..., width:]], -1)
-
-
-@pytest.mark.parametrize("width, interleaved", [(8, False), (4, False), (8, True), (4, True), (2, True)])
-def test_rotary_width_and_pairs(width, interleaved):
-    """A model whose heads are 8 wide against plain causal attention over queries and keys rotated as above."""
-    def attention(layer, q, k, v):
-        k = turned(k, width, interleaved).repeat_interleave(2, 1)  # two query heads share a key head
-        scores = turned(q, width, interleaved) @ k.transpose(-1, -2) / math.sqrt(8)
-        later = torch.ones(50, 50).triu(1).bool()
-        return scores.masked_fill(later, -math.inf).softmax(-1) @ v.repeat_interleave(2, 1)
-    model = random_model(rotary_dim=width, interleaved=interleaved)
-    want = reference(model, TOKENS, attention)
-    for impl in ("auto", "dense", "tiled"):
-        assert error(model(TOKENS, model.plan(n=50), impl=impl), want) < 1e-5
-
-
-@pytest.mark.parametrize("family, interleaved", [("glm", True), ("gpt_neox", False)])
-def test_rotations_are_those_of_transformers(family, interleaved):
-    """turned() above is what these families do with a rotary width of 4."""
-    pytest.importorskip("transformers")
-    module = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
-    x = weight("x", (1, 4, 50, 8)).double()
-    angle = torch.arange(50)[:, None] * 10000.0 ** (-torch.arange(0, 4, 2).double() / 4)
-    angles = torch.cat([angle, angle], -1)[None]
-    theirs, _ = module.apply_rotary_pos_emb(x, x, angles.cos(), angles.sin())
-    assert torch.allclose(turned(x, 4, interleaved), theirs)
-
-
-KINDS = [{"rotary_dim": 4, "interleaved": True}, {"rotary_dim": 4, "cosine_attention": 8.0}, {"cosine_attention": 24.0},
+KINDS = [{"rotary_dim": 4}, {"interleaved": True}, {"rotary_dim": 4, "interleaved": True, "cosine_attention": 8.0},
          {"freq": "alibi"}, {"freq": "nope"}]
 
 
@@ -321,7 +268,7 @@ KINDS = [{"rotary_dim": 4, "interleaved": True}, {"rotary_dim": 4, "cosine_atten
 def test_other_kinds_of_models(kind, cut):
     """Every geometry against the oracle and in pieces; and what kind of model it is makes a difference."""
     model, plain = random_model(**kind), random_model()
-    for method in (None, "logn", "rerope", "self-extend", "dca", "streaming-llm", "lampe", "mesa"):
+    for method in (None, "rerope", "self-extend", "dca", "streaming-llm", "lampe", "mesa"):
         plan = plan_maker(model, method, 40)
         want = reference(model, TOKENS, by_oracle(plan(0, 50)))
         assert error(model(TOKENS, plan(0, 50)), want) < 1e-5, method
@@ -331,33 +278,6 @@ def test_other_kinds_of_models(kind, cut):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the cache
-
-def test_cache_grows_and_keeps_what_it_holds():
-    """5, 3 and 20 tokens into room for 4: capacity 8, 8, 32; two layers, each with its own keys."""
-    cache = KVCache(Config(**SIZES), size=4)
-    pieces = [torch.randn(1, 2, T, 8, dtype=torch.bfloat16) for T in (5, 3, 20)]
-    assert len(cache) == 0
-    for number, piece in enumerate(pieces):
-        for layer in (0, 1):
-            k, v = cache.append(layer, piece + layer, -piece)
-        so_far = torch.cat(pieces[:number + 1], 2)
-        assert torch.equal(k, so_far + 1) and torch.equal(v, -so_far)
-        assert len(cache) == so_far.shape[2]
-    assert cache.size == 32 and cache.k[0].shape == (1, 2, 32, 8)
-    assert torch.equal(cache.k[0][:, :, :28], so_far) and k.dtype == v.dtype == torch.bfloat16
-
-
-def test_cache_forgets_what_is_cut():
-    """8 tokens, cut to 5, and 2 more: tokens 0 to 4 and these."""
-    cache = KVCache(Config(**SIZES))
-    keys = torch.randn(1, 2, 8, 8)
-    for layer in (0, 1):
-        cache.append(layer, keys, keys)
-    cache.cut(5)
-    assert len(cache) == 5
-    k, _ = cache.append(0, -keys[:, :, :2], keys[:, :, :2])
-    assert torch.equal(k, torch.cat([keys[:, :, :5], -keys[:, :, :2]], 2))
-
 
 STEPS = [  # method, its parameters, and how many tokens the cache is first cut back to
     ("mesa", {}, 42), ("mesa", {}, 43), ("rerope", {}, 44), ("mesa", {}, 45), ("yarn", {"factor": 2}, 46),
@@ -385,76 +305,17 @@ def test_decoding_may_change_its_method_and_be_cut_back():
 # ---------------------------------------------------------------------------------------------------------------------
 # what a Config says, and what is asked of it
 
-def test_a_plan_is_asked_for_by_name_text_or_method():
-    """And is that of make_plan with the sizes of the model."""
-    config = Config(**SIZES, train_len=32, rope_theta=500.0)
-    i = torch.arange(50)
-    want = make_plan("mesa", i, i, n=50, L=32, D=8, H=4, base=500.0, first=4, attn_scale="infoscale")
-    for plan in (config.plan("mesa", n=50, first=4, attn_scale="infoscale"),
-                 config.plan("mesa:first=4:attn-scale=infoscale", n=50),
-                 config.plan("mesa:first=4", n=50, attn_scale="infoscale"),
-                 config.plan(Method("mesa", attn_scale="infoscale", params={"first": 4}), n=50)):
-        assert len(plan.regions) == len(want.regions)
-        for got, region in zip(plan.regions, want.regions):
-            assert all(torch.equal(getattr(got, x), getattr(region, x)) for x in ("q_pos", "k_pos", "start", "end"))
-        assert torch.equal(plan.inv_freq, want.inv_freq) and torch.equal(plan.q_scale, want.q_scale)
-
-
-@pytest.mark.parametrize("method, rule, factor", [
-    (None, "yarn", 4.0), ("yarn", "yarn", 4.0), ("mesa", "yarn", 4.0), ("rerope", "yarn", 4.0), ("rope", "rope", None),
-    ("pi", "pi", 2.0), ("yarn:factor=8", "yarn", 8)])
-def test_a_method_keeps_the_frequencies_the_model_was_trained_with(method, rule, factor, tmp_path):
-    """Unless it has its own: mesa on a YaRN model is mesa with YaRN's frequencies and mscale."""
-    plan = read_config(tmp_path, rope_parameters=YARN).plan(method, n=30)
-    inv_freq, mscale = FREQUENCIES[rule](8, 100.0, 30, 16, **({"factor": factor} if factor else {}))
-    assert torch.equal(plan.inv_freq, inv_freq) and plan.mscale == mscale
-
-
-@pytest.mark.parametrize("rope", [YARN, LLAMA3, {**LONGROPE, "original_max_position_embeddings": 16},
-                                  {"rope_type": "dynamic", "factor": 2.0}, {"type": "yarn", "factor": 2.0},
-                                  {"type": "llama3", "factor": 2.0}], ids=str)
+@pytest.mark.parametrize("rope", [YARN, {**LONGROPE, "original_max_position_embeddings": 16},
+                                  {"rope_type": "dynamic", "factor": 2.0}, {"type": "llama3", "factor": 2.0}], ids=str)
 def test_train_len_does_not_bend_the_frequencies_of_a_checkpoint(rope, tmp_path):
     """They are those of the length it was stretched from; L is what is asked for, as ReRoPE's window of L/4 is."""
     trained = read_config(tmp_path, rope_scaling=rope).plan(n=50)
-    for train_len in (8, 16, 32, 300):
+    for train_len in (8, 32, 300):
         config = read_config(tmp_path, train_len, rope_scaling=rope)
-        plan = config.plan("rerope", n=320)
-        assert config.train_len == train_len and plan.regions[1].q_pos[0] == train_len // 4
+        assert config.train_len == train_len
+        assert config.plan("rerope", n=320).regions[1].q_pos[0] == train_len // 4
         for plan in (config.plan(n=50), config.plan("rerope", n=50)):
             assert torch.equal(plan.inv_freq, trained.inv_freq) and plan.mscale == trained.mscale
-
-
-def test_rules_that_are_asked_for_go_by_train_len(tmp_path):
-    config = read_config(tmp_path, 40, rope_parameters=YARN)
-    assert torch.equal(config.plan("dynamic-yarn", n=80).inv_freq, FREQUENCIES["dynamic-yarn"](8, 100.0, 80, 40)[0])
-
-
-@pytest.mark.parametrize("encoding", ["rope", "alibi", "nope"])
-def test_position_encoding(encoding, tmp_path):
-    """Our key of config.json: every geometry keeps the encoding that the model was trained with."""
-    config = read_config(tmp_path, position_encoding=encoding)
-    for method in (None, "mesa", "self-extend", "logn"):
-        plan = config.plan(method, n=100)
-        assert (plan.inv_freq is None) == (encoding != "rope") and (plan.slopes is not None) == (encoding == "alibi")
-        assert plan.cosine is None
-
-
-def test_cosine_attention(tmp_path):
-    """A model trained with CosScale has it with every method; a setting replaces the factor."""
-    config = read_config(tmp_path, cosine_attention=24.0)
-    assert config.plan("mesa", n=90).cosine == config.plan("cosscale", n=90).cosine == 24
-    assert config.plan(n=9, cosine=5.0).cosine == 5
-    assert read_config(tmp_path).plan("cosscale", n=9).cosine == 32
-
-
-@pytest.mark.parametrize("method, rule", [("yarn", "yarn"), ("rope", "rope"), ("mesa:freq=pi", "pi"),
-                                          ("ntk-mixed", "ntk-mixed")])
-def test_rotary_rules_are_refused_by_models_that_are_not_rotary(method, rule):
-    for encoding in ("alibi", "nope"):
-        with pytest.raises(ValueError, match=f"no rotary positions.*{rule} sets nothing"):
-            Config(**SIZES, freq=encoding).plan(method, n=50)
-    with pytest.raises(ValueError, match="yarn and pi both set the frequencies"):
-        Config(**SIZES).plan("yarn", freq="pi", n=50)
 
 
 @pytest.mark.parametrize("field, value", [
@@ -466,16 +327,12 @@ def test_sizes_that_no_model_can_have(field, value):
         Config(**{**SIZES, field: value})
 
 
-@pytest.mark.parametrize("width", [3, 10, 0])
-def test_rotary_widths_that_no_head_can_have(width):
-    with pytest.raises(ValueError, match="rotary_dim"):
-        Config(**SIZES, rotary_dim=width).plan(n=50)
-
-
+@torch.inference_mode()
 def test_load_takes_a_name_and_a_type_by_name(tmp_path, monkeypatch):
-    """From any folder; and a training length for the methods."""
+    """From any folder; and a training length for the methods. All runs in that type, the cache too."""
     monkeypatch.chdir(tmp_path)
     model, tokenizer = load("tiny", dtype="bfloat16", train_len=99)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not model.training
     assert model.config.train_len == 99 and tokenizer.bos_id == 1
     assert not any(p.requires_grad for p in model.parameters())
+    assert tokenizer.decode(greedy(model, tokenizer.encode(PROMPT), 6)).startswith("41827")

@@ -24,17 +24,17 @@ SMALL = ("--steps 4 --batch 6 --window 160 --vocab 400 --width 16 --layers 1 --h
 
 @pytest.fixture(autouse=True, scope="module")
 def few_documents():
+    """And whatever the threads of a run, the tests of other files keep theirs."""
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "prose", lambda: TEXTS)
         yield
+    torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """Whatever the threads of a run, the other tests keep theirs."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+def small(*flags):
+    """The settings of a small run."""
+    return train.parse_args(["--out", "x", *SMALL, *flags])
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +48,8 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="module")
 def corpus(finished):
     """What the run draws its batches from."""
-    args = train.parse_args(["--out", "x", *SMALL])
     model, tokenizer = load(finished)
-    return train.make_corpus(args, tokenizer, TEXTS, model.config)
-
-
-def read_curve(folder):
-    return json.loads((folder / "training.json").read_text())["curve"]
+    return train.make_corpus(small(), tokenizer, TEXTS, model.config)
 
 
 # ---- the parts
@@ -88,7 +83,8 @@ def test_updates_of_matrices_are_orthogonal():
 @pytest.mark.parametrize("step, shape, ids_sum, weights_sum", [
     (0, (56, 74), 638646374, 3320746687), (1200, (16, 257), 3096611862, 4207588464)])
 def test_the_same_numbers_are_drawn_as_ever(step, shape, ids_sum, weights_sum):
-    """Checksums of two batches: with other draws the commands of the shipped checkpoints would make other weights."""
+    """Checksums of two batches: with other draws the commands of the shipped checkpoints would make other weights.
+    Rows are short at first, and as long as the window in the end."""
     args = train.parse_args(["--out", "x"])
     config = Config.from_hf(TINY)
     corpus = train.make_corpus(args, load_tokenizer(TINY, config.bos_token_id), TEXTS, config)
@@ -99,66 +95,34 @@ def test_the_same_numbers_are_drawn_as_ever(step, shape, ids_sum, weights_sum):
     assert zlib.crc32(str(tenths.tolist()).encode()) == weights_sum
 
 
-@pytest.mark.parametrize("step", [0, 700, 5000])
-def test_batches_are_what_they_say(step, finished, corpus):
-    """As long as each other and no longer than the window; what is no prose ends in an answer of five digits."""
-    args = train.parse_args(["--out", "x", *SMALL])
-    config = Config.from_hf(finished)
-    ids, weights = train.batch(step, args, corpus, config)
-    assert torch.equal(ids, train.batch(step, args, corpus, config)[0])
-    assert ids.shape[1] == weights.shape[1] + 1 <= args.window + 1
-    assert (ids[:, 0] == 1).all() and len(ids) >= len(train.MIX)
-    for kind, row, row_weights in zip(train.kinds(len(ids)), ids.tolist(), weights):
-        if kind == "prose":
-            assert (row_weights == 1).all()
-            continue
-        text = corpus.tokenizer.decode(row)
-        answer = re.search(r"(\d{5})\W$", text).group(1)
-        assert row[-1] == 2 and text.count(answer) >= 2 and row_weights[-7:].min() > 1
-
-
-def test_rows_grow_to_the_window(finished, corpus):
-    args = train.parse_args(["--out", "x", *SMALL, "--grow", "100"])
-    config = Config.from_hf(finished)
-    longest = [max(train.batch(step, args, corpus, config)[0].shape[1] - 1 for step in range(first, first + 8))
-               for first in (0, 100)]
-    assert corpus.shortest <= longest[0] < longest[1] == args.window
-
-
-@pytest.mark.parametrize("task, question", [
-    ("kv", r"of ([a-z-]+)\? \1: (\d{5}),$"), ("lines", r"of line ([a-z-]+)\? line \1: REGISTER_CONTENT is <(\d{5})>$")])
-def test_a_record_asks_for_what_it_holds(task, question, corpus):
-    """The answer stands behind the same name in the record; names are told apart by nothing else."""
+@pytest.mark.parametrize("task, question, value", [
+    ("kv", r"of ([a-z-]+)\? \1: (\d{5}),$", r"(\d{5}),"),
+    ("lines", r"of line ([a-z-]+)\? line \1: REGISTER_CONTENT is <(\d{5})>$", r"<(\d{5})>")])
+def test_a_record_asks_for_what_it_holds(task, question, value, corpus):
+    """The answer stands behind the same name in the record. Predicting it and </s>, and each value of an entry that is
+    said again, has a weight of 8; the rest one of 0.1."""
+    tokenizer = corpus.tokenizer
     for seed in range(12):
         row = train.record_row(random.Random(seed), task, corpus, 300, 2)
-        text = corpus.tokenizer.decode(row.ids)
+        text = tokenizer.decode(row.ids)
         name, answer = re.search(question, text).groups()
         record = text.split("What is")[0]
-        entry = train.RECORDS[task].entry.format(name=name, value=answer)
-        assert len(row.ids) == len(row.weights) + 1 == 301 and entry in record
+        assert len(row.ids) == len(row.weights) + 1 == 301
+        assert train.RECORDS[task].entry.format(name=name, value=answer) in record
 
-
-def test_values_said_again_weigh_more(corpus):
-    """A weight of 8 for the answer and </s>, and for each value of an entry that is said again; 0.1 for the rest."""
-    for seed in range(12):
-        row = train.record_row(random.Random(seed), "kv", corpus, 300, 2)
-        tokenizer = corpus.tokenizer
-        taught = tokenizer.decode([token for token, weight in zip(row.ids[1:], row.weights) if weight == 8])
-        record, asked = tokenizer.decode(row.ids).split("What is")
-        values = re.findall(r"(\d{5}),", record)
+        values = re.findall(value, record)
         said_again = [value for k, value in enumerate(values) if value in values[:k]]
-        assert re.findall(r"\d{5}", taught) == [*said_again, re.search(r"\d{5}", asked).group()]
-        assert set(row.weights) == {0.1, 8.0}
+        taught = tokenizer.decode([token for token, weight in zip(row.ids[1:], row.weights) if weight == 8])
+        assert re.findall(r"\d{5}", taught) == [*said_again, answer] and set(row.weights) == {0.1, 8.0}
 
 
-def test_most_needles_are_whole_and_some_are_torn(corpus):
+def test_some_needles_are_torn(corpus):
+    """A fifth, with filler inside."""
     rng = random.Random(0)
     whole = 0
     for _ in range(200):
-        row = train.passkey_row(rng, corpus, 300, 2)
-        text = corpus.tokenizer.decode(row.ids)
+        text = corpus.tokenizer.decode(train.passkey_row(rng, corpus, 300, 2).ids)
         whole += NEEDLE.format(key=text[-6:-1]) in text
-        assert len(row.ids) == len(row.weights) + 1 == 301
     assert 140 < whole < 190
 
 
@@ -183,11 +147,16 @@ def test_an_interrupted_run_ends_in_the_same_weights(finished, tmp_path, monkeyp
         train.run(["--out", str(tmp_path), *SMALL, "--seed", "2"])
     train.run(["--out", str(tmp_path), *SMALL])
     assert (tmp_path / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
-    assert [entry["step"] for entry in read_curve(tmp_path)] == [2, 4]
-    assert [entry["prose"] for entry in read_curve(tmp_path)] == [entry["prose"] for entry in read_curve(finished)]
+    ours, theirs = [json.loads((folder / "training.json").read_text())["curve"] for folder in (tmp_path, finished)]
+    assert [(entry["step"], entry["prose"]) for entry in ours] == [(entry["step"], entry["prose"]) for entry in theirs]
 
 
-def test_a_finished_run_is_not_overwritten(finished):
+def test_a_finished_run_says_how_the_weights_were_made_and_is_not_overwritten(finished):
+    record = json.loads((finished / "training.json").read_text())
+    assert record["command"] == " ".join(["python train.py --out", str(finished), *SMALL])
+    assert record["settings"]["kv_heads"] == 1 and "out" not in record["settings"]
+    assert record["parameters"] == sum(weight.numel() for weight in load(finished)[0].parameters())
+    assert [entry["step"] for entry in record["curve"]] == [2, 4]
     assert sorted(file.name for file in finished.iterdir()) == [
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json",
         "training.json"]
@@ -195,24 +164,14 @@ def test_a_finished_run_is_not_overwritten(finished):
         train.run(["--out", str(finished), *SMALL])
 
 
-def test_the_record_says_how_the_weights_were_made(finished):
-    record = json.loads((finished / "training.json").read_text())
-    model, _ = load(finished)
-    assert record["command"] == " ".join(["python train.py --out", str(finished), *SMALL])
-    assert record["settings"]["kv_heads"] == 1 and "out" not in record["settings"]
-    assert record["parameters"] == sum(weight.numel() for weight in model.parameters())
-    assert {"date", "prose_tokens", "versions", "curve_is"} < record.keys()
-    assert record["curve"][-1].keys() == {"step", "prose", "passkey", "lines", "kv", "seconds"}
-
-
 def test_init_starts_from_a_checkpoint(finished, tmp_path):
     """The same weights and the same tokenizer; a model of another shape is refused before anything is written."""
-    start = ["--init", str(finished)]
-    model = train.new_model(train.parse_args(["--out", "x", *SMALL]))
+    model = train.new_model(small())
     train.start_from(finished, model)
     for name, weight in load(finished)[0].named_parameters():
         assert torch.equal(model.get_parameter(name), weight)
 
+    start = ["--init", str(finished)]
     train.run(["--out", str(tmp_path / "next"), *SMALL, *start, "--steps", "1"])
     assert (tmp_path / "next" / "tokenizer.model").read_bytes() == (finished / "tokenizer.model").read_bytes()
     for flags, named in ((["--width", "32"], "shapes"), (["--rope-theta", "10000"], "rope-theta 500")):
@@ -222,11 +181,11 @@ def test_init_starts_from_a_checkpoint(finished, tmp_path):
 
 
 def test_init_from_cosine_to_dot_products_keeps_the_size_of_logits(tmp_path):
-    """16 cos(q, k) against q.k/sqrt(8): |q| |k| becomes 16 sqrt(8)."""
-    cosine = train.new_model(train.parse_args(["--out", "x", *SMALL, "--cosine", "16"]))
-    train.write_folder(tmp_path, cosine)
-    assert Config.from_hf(tmp_path).cosine_attention == 16
-    model = train.new_model(train.parse_args(["--out", "x", *SMALL]))
+    """16 cos(q, k) against q.k/sqrt(8): |q| |k| becomes 16 sqrt(8). What the start is, is in its config.json."""
+    train.write_folder(tmp_path, train.new_model(small("--cosine", "16", "--store", "bfloat16")))
+    config = Config.from_hf(tmp_path)
+    assert (config.freq, config.cosine_attention, config.dtype) == ("rope", 16, "bfloat16")
+    model = train.new_model(small())
     train.start_from(tmp_path, model)
     attention = model.model.layers[0].self_attn
     x = torch.randn(1000, 16)  # rows of a norm: as long on average as there are channels
@@ -236,12 +195,9 @@ def test_init_from_cosine_to_dot_products_keeps_the_size_of_logits(tmp_path):
     assert float(q * k) == pytest.approx(16 * 8 ** 0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("position", ["nope", "alibi"])
-def test_other_positions_are_in_config_json(position, tmp_path):
-    model = train.new_model(train.parse_args(["--out", "x", *SMALL, "--position", position, "--store", "bfloat16"]))
-    train.write_folder(tmp_path, model)
-    config = Config.from_hf(tmp_path)
-    assert (config.freq, config.dtype) == (position, "bfloat16")
+def test_other_positions_are_in_config_json(tmp_path):
+    train.write_folder(tmp_path, train.new_model(small("--position", "alibi")))
+    assert Config.from_hf(tmp_path).freq == "alibi"
 
 
 def test_transformers_reads_the_folder(finished):
@@ -253,24 +209,13 @@ def test_transformers_reads_the_folder(finished):
     assert torch.allclose(ours, theirs(ids).logits, atol=1e-4)
 
 
-# ---- the command line
-
-def test_flags_may_be_spelled_with_underscores():
-    assert train.parse_args(["--out", "x", "--kv_heads", "1"]) == train.parse_args(["--out", "x", "--kv-heads", "1"])
-
-
-@pytest.mark.parametrize("bad", [("--steps", "-1"), ("--heads", "3"), ("--lr", "nan"), ("--window", "10"),
-                                 ("--vocab", "5"), ("--batch", "5"), ("--kv-heads", "3", "--heads", "4")], ids=str)
-def test_bad_settings_are_refused_before_anything_is_written(bad, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        train.run(["--out", str(tmp_path / "new"), *SMALL, *bad])
-    assert end.value.code == 2 and bad[0].strip("-") in capsys.readouterr().err and not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("bad, named", [(("--vocab", "5000"), "--vocab 5000"), (("--window", "64"), "--window 64")])
-def test_settings_that_do_not_go_together_are_one_clear_line(bad, named, tmp_path, capsys):
-    """A vocabulary that the texts do not yield, and a window that the shortest prompt does not fit into."""
+@pytest.mark.parametrize("bad, named", [
+    (["--steps", "-1"], "steps"), (["--lr", "nan"], "lr"), (["--heads", "3"], "--heads must divide"),
+    (["--kv-heads", "3", "--heads", "4"], "--kv-heads divide"),
+    (["--vocab", "5000"], "train.py: --vocab 5000"),  # more than the texts yield
+    (["--window", "64"], "train.py: --window 64")])   # less than the shortest prompt takes
+def test_bad_settings_are_one_clear_line(bad, named, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         run_command(lambda: train.run(["--out", str(tmp_path), *SMALL, *bad]), "train.py")
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2 and last.startswith(f"train.py: {named}")
+    assert end.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "model.safetensors").exists()
