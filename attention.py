@@ -158,11 +158,8 @@ def is_causal(plan):
     """Whether PyTorch's own causal attention computes this plan: one region, all keys up to the query, no ALiBi."""
     if len(plan.regions) > 1 or plan.slopes is not None or plan.Tq != plan.Tk:
         return False
-
-    def sees_all_before():
-        region = plan.regions[0]
-        return not region.start.any() and torch.equal(region.end, torch.arange(1, plan.Tk + 1))
-    return plan.shared("causal", sees_all_before)
+    region = plan.regions[0]
+    return not region.start.any() and torch.equal(region.end, torch.arange(1, plan.Tk + 1))
 
 
 def attend_fused(q, k, v, plan, out=None):

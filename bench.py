@@ -41,7 +41,8 @@ from checkpoint import available_memory, weight_bytes
 from cli import (keep_freed_memory, markdown, method_list, number, pick_device, plain_parser, read_rows, run_command,
                  say, settings_line)
 from generate import decode, prefill
-from model import DTYPES, Config, Llama, load_model
+from config import Config
+from model import DTYPES, Llama, load_model
 from plan import visible_keys
 from positions import Method, make_plan
 from rotation import rotate_keys, rotate_queries
@@ -500,6 +501,7 @@ class Engines:
 @torch.no_grad()
 def whole_model(args, report):
     """Prefill and decoding of a whole model in tokens per second, beside transformers, llama.cpp and the floor."""
+    keep_freed_memory()  # as generate.py does; what is timed beside ours in this process has the use of it as well
     folder = random_checkpoint(args)
     ours = load_model(folder, Config.from_hf(folder), torch.bfloat16, args.device, tokens=10 ** 9)
     engines = Engines(ours, transformers_models(args, folder, ours), llama_cpp_engines(args, folder, ours))

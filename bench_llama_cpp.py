@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from checkpoint import read_weights
-from model import Config, Llama
+from config import Config
+from model import Llama
 
 KINDS = ("bf16", "q8_0", "q4_0")
 NAMES = {  # of a layer's weights: ours, and llama.cpp's

@@ -4,7 +4,7 @@ Does: find a folder, read the fields that shape a LLaMA and its positions, read 
 tensor checked by name, shape and type before it is read. Does not: build the network (model.py), read the tokenizer
 (tokenizer.py), or unpickle anything.
 
-    fields = config_fields("llama-7b")                    # for model.Config(**fields)
+    fields = config_fields("llama-7b")                    # for config.Config(**fields)
     state = read_weights("llama-7b", shapes)              # {name: tensor} for the {name: shape} that is wanted
 """
 import json
@@ -57,7 +57,7 @@ def read_json(path):
 # config.json
 
 def config_fields(path, train_len=None):
-    """The keyword arguments of model.Config for a checkpoint folder; train_len overrides the training length L.
+    """The keyword arguments of config.Config for a checkpoint folder; train_len overrides the training length L.
 
     Raises ValueError or FileNotFoundError that names the file and what is missing or unsupported.
     """
@@ -75,7 +75,7 @@ OPTIONAL = ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_emb
 
 
 def fields_of(raw, train_len=None):
-    """The keyword arguments of model.Config for the contents of a config.json."""
+    """The keyword arguments of config.Config for the contents of a config.json."""
     kind = raw.get("model_type", "llama")
     activation = raw.get("hidden_act", "silu")
     window = raw.get("sliding_window")

@@ -12,14 +12,16 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 from attention import IMPLEMENTATIONS
 from checkpoint import find_checkpoint, refuse_unfinished
+from config import Config
 from geometry import METHODS
-from model import DTYPES, Config
+from model import DTYPES
 from positions import Method
 from single_row import has_compiler
 from tokenizer import load_tokenizer
@@ -225,6 +227,51 @@ def compiled_for_many(f):
     def run(x):
         return f(x) if x.shape[1] == 1 else compiled(x)
     return run
+
+
+def progress_of(chunk):
+    """progress(done, n) that says on one line how far a prompt of more than a chunk of tokens has been read."""
+    def progress(done, n):
+        if n > chunk:
+            say(f"\rprefill {done}/{n}", end="\n" if done == n else "")
+    return progress
+
+
+def write_stream(tokens, tokenizer, ids, device):
+    """Print the continuation of ids, an iterator of tokens, as it comes, then tokens/s and peak memory; Ctrl-C ends it
+    early. The exit code."""
+    times = []  # when each new token came
+
+    def timed():
+        for token in tokens:
+            times.append(time.perf_counter())
+            yield token
+
+    t_start = time.perf_counter()
+    code = 0
+    try:
+        for text in tokenizer.stream(timed(), ids):
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        say("\ninterrupted")
+        code = 130
+    print(flush=True)
+    if times:
+        say_speed(len(ids), t_start, times, device)
+    return code
+
+
+def say_speed(n, t_start, times, device):
+    """Tokens per second of the prefill of n tokens and of decoding, and peak memory."""
+    t_first = times[0]
+    t_end = times[-1]
+    line = f"prefill {n / (t_first - t_start):.1f} tokens/s"
+    if len(times) > 1:
+        line += f", decode {(len(times) - 1) / (t_end - t_first):.1f} tokens/s"
+    peak = peak_memory(device)
+    if peak:
+        line += f", peak memory {peak / 2**20:.0f} MiB"
+    say(line)
 
 
 def peak_memory(device):

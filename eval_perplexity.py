@@ -1,15 +1,19 @@
 """How well a model predicts a text, by method: loss by position, or perplexity by sliding window.
 
-Does: two protocols on any UTF-8 text; never all logits at once; every document and window goes to a results file at
-once, so that an interrupted run continues. Does not: download texts.
+Does: two protocols on any UTF-8 text, LongPPL beside the first; never all logits at once; all goes to a results file
+at once, so that an interrupted run continues. Does not: download texts.
 
     python eval_perplexity.py book.txt --methods rope,mesa --length 2048       # mean loss in each of 8 stretches
     python eval_perplexity.py book.txt --methods rope,mesa --window 1024       # perplexity, stride 256
+    python eval_perplexity.py book.txt --methods rope,mesa --length 2048 --longppl   # and of the tokens that need it
 
 Loss by position: each document is `length` tokens in one pass, BOS in front, a prompt of n = length tokens to a method.
 Sliding window (arXiv 2306.15595, section 3.2): windows of `window` tokens, BOS in front of each, every `stride` tokens;
 one scores only the tokens that no earlier one has scored, so all but the first see window - stride tokens or more.
+LongPPL (arXiv 2410.23771): exp of the mean loss of those tokens of the documents that the far context helps. One method
+finds them for all (--key-method), and is favoured by that: they are tokens that it predicts well.
 """
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +25,11 @@ from cache import KVCache
 from cli import (Results, fingerprint, markdown, method_list, methods_asked, new_parser, number, open_checkpoint, place,
                  read_text, run_command, say, select, settings_line, short_hash, type_name)
 from model import load_model
-from show import figure_class, plot_losses, warnings
+from positions import Method
+from show import figure_class, plot_key_tokens, plot_losses, warnings
 
 DEFAULT_METHODS = ("rerope", "self-extend", "mesa")  # after what config.json says
+KEY_LINES = 12  # key tokens that are printed of a document
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,36 +73,55 @@ def mean_of_means(rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # loss by position
 
-def run_documents(args, model, tokenizer, ids, method, results):
-    """Rows of the mean loss in every stretch of every document that results does not hold yet."""
+def run_documents(args, model, tokenizer, ids, method, results, keys_of):
+    """Rows of the mean loss in every stretch of every document that results does not hold yet. keys_of(document): which
+    of its tokens are key, None without --longppl."""
+    front = bos(tokenizer)
     for document in range(args.documents):
-        keys = [(str(method), document, bucket) for bucket in range(args.buckets)]
-        if all(key in results.rows for key in keys):
+        rows_keys = [(str(method), document, bucket) for bucket in range(args.buckets)]
+        if all(key in results.rows for key in rows_keys):
             continue
-        begin = document * (args.length - 1)
-        nll = losses(model, bos(tokenizer) + ids[begin:begin + args.length - 1], method, impl=args.impl)
+        part_ids = document_ids(args, ids, document)
+        nll = losses(model, front + part_ids, method, impl=args.impl)
+        begin = len(part_ids) - len(nll)  # 1 where no BOS is in front of the first token
         rows = []
         for bucket, part in enumerate(nll.tensor_split(args.buckets)):
-            rows.append({"method": str(method), "document": document, "bucket": bucket,
-                         "nll": round(float(part.mean()), 6), "tokens": len(part)})
+            row = {"method": str(method), "document": document, "bucket": bucket,
+                   "nll": round(float(part.mean()), 6), "tokens": len(part)}
+            if args.longppl:
+                row |= key_columns(part, keys_of(document)[begin:begin + len(part)], begin)
+            rows.append(row)
+            begin += len(part)
         results.add(rows)
         say(f"{method}: document {document + 1} of {args.documents}, {float(nll.mean()):.3f} nats per token")
 
 
+def document_ids(args, ids, document):
+    """The tokens of a document, without the BOS."""
+    begin = document * (args.length - 1)
+    return ids[begin:begin + args.length - 1]
+
+
 def report_documents(args, rows, L):
     """A table of methods x stretches in nats per token, on stdout; a picture where it is asked for."""
-    rows = [row for row in rows if row["document"] < args.documents]
     curves = {}
+    key_curves = {}
     for method in map(str, args.methods):
-        curves[method] = [mean(select(rows, method=method, bucket=bucket)) for bucket in range(args.buckets)]
+        stretches = [select(rows, method=method, bucket=bucket) for bucket in range(args.buckets)]
+        curves[method] = [mean(found) for found in stretches]
+        if args.longppl:
+            key_curves[method] = [key_mean(found) for found in stretches]
 
     edges = [round(k * args.length / args.buckets) for k in range(args.buckets + 1)]
     header = ["method"] + [f"{begin}-{end}" for begin, end in zip(edges, edges[1:])]
     lines = [[method] + [f"{loss:.3f}" for loss in curve] for method, curve in curves.items()]
     print(f"nats per token by position; {args.documents} documents of {args.length} tokens, one pass each, window {L}")
     print(markdown(header, lines))
-    if args.plot:
-        middles = [(bucket + 0.5) * args.length / args.buckets for bucket in range(args.buckets)]
+    middles = [(bucket + 0.5) * args.length / args.buckets for bucket in range(args.buckets)]
+    if args.plot and args.longppl:
+        places = [place for found in key_places(rows, str(args.methods[0])).values() for place in found]
+        plot_key_tokens(curves, key_curves, places, middles, L, args.plot)
+    elif args.plot:
         plot_losses(curves, middles, L, args.plot)
 
 
@@ -151,6 +176,101 @@ def report_windows(args, rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# key tokens
+
+@dataclass
+class KeyRule:
+    """Which tokens are key tokens."""
+    method: Method
+    short: int      # tokens of the short context
+    stride: int     # tokens that share one
+    gain: float     # nats that the whole context must save
+    most: float     # nats that may be left
+
+    def __str__(self):
+        return f"{self.method} short={self.short} stride={self.stride} gain={self.gain:g} most={self.most:g}"
+
+
+def key_tokens(model, front, ids, rule, impl="auto"):
+    """Which of ids need the far context (LongPPL, arXiv 2410.23771): bool (len(ids),).
+
+    A token is key where its loss given `short` to short + stride tokens before it, minus its loss given all of them, is
+    above `gain` and the latter is below `most`; the first `short` tokens never are. front: the BOS, as a list, before
+    the whole and before every short context (the released code, PKU-ML/LongPPL @ 1decd2a, has one before the whole).
+    """
+    whole = token_losses(model, front, ids, rule.method, impl)
+    short = torch.full_like(whole, torch.nan)
+    for window in sliding_windows(len(ids), rule.short + rule.stride, rule.stride):
+        nll = token_losses(model, front, ids[window.begin:window.end], rule.method, impl)
+        short[window.first_scored:window.end] = nll[window.first_scored - window.begin:]
+    short[:rule.short] = torch.nan  # comparisons with it are false
+    return (short - whole > rule.gain) & (whole < rule.most)
+
+
+def token_losses(model, front, ids, method, impl):
+    """The loss of every one of ids, in nats: (len(ids),); nan for the first one where no BOS is in front of it."""
+    nll = losses(model, front + ids, method, impl=impl)
+    return F.pad(nll, (len(ids) - len(nll), 0), value=torch.nan)
+
+
+def key_columns(part, keys, begin):
+    """What the row of a stretch of a document says of its key tokens: part and keys are the losses of its tokens and
+    which are key, begin is the index of the first of them in the text."""
+    places = keys.nonzero()[:, 0]
+    key_nll = float(part[places].mean()) if len(places) else 0.0
+    return {"key_nll": round(key_nll, 6), "key_tokens": len(places), "keys": (begin + places).tolist()}
+
+
+def key_mean(rows):
+    """The mean loss per key token; nan where there are none."""
+    count = sum(row["key_tokens"] for row in rows)
+    if not count:
+        return float("nan")
+    return sum(row["key_nll"] * row["key_tokens"] for row in rows) / count
+
+
+def key_places(rows, method):
+    """{document: the indices of its key tokens in it} of the rows of a method."""
+    places = {}
+    for row in select(rows, method=method):
+        places.setdefault(row["document"], []).extend(row["keys"])
+    return places
+
+
+def report_keys(args, rows, tokenizer, ids):
+    """A table of perplexity and LongPPL, and the first key tokens of each document within their text, on stdout."""
+    places = key_places(rows, str(args.methods[0]))
+    count = sum(len(found) for found in places.values())
+    print(f"\nLongPPL: {count} key tokens of {args.documents * args.length}, by {args.key_rule}")
+    lines = []
+    for method in map(str, args.methods):
+        found = select(rows, method=method)
+        longppl = f"{math.exp(key_mean(found)):.3f}" if count else "-"
+        lines.append([method, f"{math.exp(mean(found)):.3f}", longppl])
+    print(markdown(["method", "perplexity", "LongPPL"], lines))
+    for document, found in sorted(places.items()):
+        for line in marked(tokenizer, document_ids(args, ids, document), sorted(found))[:KEY_LINES]:
+            print(f"document {document + 1}, {line}")
+
+
+def marked(tokenizer, ids, keys, before=16, after=6):
+    """A line for each run of key tokens: "token 213: ... The pass key is [[71432]]. Remember ..."; keys: sorted."""
+    lines = []
+    for k, key in enumerate(keys):
+        if k and keys[k - 1] == key - 1:
+            continue  # inside a run
+        end = key
+        while end in keys:
+            end += 1
+        start = max(key - before, 0)
+        left = tokenizer.decode(ids[start:key])
+        middle = tokenizer.decode(ids[start:end])[len(left):]
+        right = tokenizer.decode(ids[start:end + after])[len(left) + len(middle):]
+        lines.append(f"token {key}: " + " ".join(f"{left}[[{middle}]]{right}".split()))
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the command line
 
 def parse_args(argv):
@@ -163,14 +283,34 @@ def parse_args(argv):
     flag("window", type=number(int, 2), help="sliding-window perplexity with windows of so many tokens instead")
     flag("stride", type=number(int, 1), help="default: 256, or half of a --window below 512")
     flag("tokens", type=number(int, 2), help="with --window: use only the first so many tokens of the text")
+    flag("longppl", action="store_true", help="with loss by position: also perplexity over key tokens")
+    flag("key-method", default="rerope", metavar="M", help="the method that finds the key tokens, for all; "
+         "default: %(default)s")
+    flag("key-short", type=number(int, 1), help="tokens of the short context; default: 4096, or half of a window below "
+         "8192")
+    flag("key-stride", type=number(int, 1), help="tokens that share a short context; default: a quarter of it")
+    flag("key-gain", type=number(float, 0), default=2.0, help="nats that the whole context saves; default: 2")
+    flag("key-most", type=number(float, 0), default=2.0, help="nats of a key token given all; default: 2")
     flag("results", default="perplexity.jsonl", metavar="FILE")
     flag("plot", metavar="FILE", help="loss by position as a picture (needs matplotlib)")
     args = parser.parse_args(argv)
-    if args.window and (args.length or args.plot):
-        parser.error("--window is another protocol than --length and --plot")
+    if args.window and (args.length or args.plot or args.longppl):
+        parser.error("--window is another protocol than --length, --plot and --longppl")
     if args.window and args.stride is None:
         args.stride = min(256, args.window // 2)
     return args
+
+
+def key_rule(args, L):
+    """The KeyRule of the flags, None without --longppl; the paper has a short context of 4,096 tokens, stride 1,024."""
+    if not args.longppl:
+        return None
+    short = args.key_short or max(1, min(4096, L // 2))
+    stride = args.key_stride or max(1, short // 4)
+    if short >= args.length - 1:
+        raise ValueError(f"--longppl: no token of --length {args.length} has more than the short context of {short} "
+                         "tokens before it")
+    return KeyRule(Method.parse(args.key_method), short, stride, args.key_gain, args.key_most)
 
 
 def check(args, config, tokenizer, ids):
@@ -183,7 +323,8 @@ def check(args, config, tokenizer, ids):
         check_windows(args, tokenizer)
     else:
         check_documents(args, ids)
-    for method in args.methods:
+    finders = [args.key_rule.method] if args.longppl else []
+    for method in args.methods + finders:
         for warning in warnings(config, method, args.window or args.length):
             say(f"warning: {warning}")
 
@@ -204,7 +345,10 @@ def protocol_asked(args, text_tokens):
     """(the settings of the protocol asked for, the fields that tell its rows apart)."""
     if args.window:
         return {"window": args.window, "stride": args.stride, "text_tokens": text_tokens}, ("method", "span")
-    return {"length": args.length, "buckets": args.buckets}, ("method", "document", "bucket")
+    settings = {"length": args.length, "buckets": args.buckets}
+    if args.longppl:
+        settings["key_rule"] = str(args.key_rule)
+    return settings, ("method", "document", "bucket")
 
 
 def run(argv=None):
@@ -216,6 +360,7 @@ def run(argv=None):
     ids = tokenizer.encode(text, bos=False)[:args.tokens]
     args.length = args.length or 8 * L
     args.methods = methods_asked(config, args.methods, (config.freq, *DEFAULT_METHODS))
+    args.key_rule = key_rule(args, L)
     check(args, config, tokenizer, ids)
     device, dtype = place(args, config)
 
@@ -226,16 +371,28 @@ def run(argv=None):
     say(settings_line({**settings, "methods": args.methods, "device": device}))
     results = Results(args.results, settings, key_fields)
     model = load_model(path, config, dtype, device)
+    run_all(args, model, tokenizer, ids, results)
+    if args.window:
+        report_windows(args, results.rows.values())
+        return 0
+    rows = [row for row in results.rows.values() if row["document"] < args.documents]
+    report_documents(args, rows, L)
+    if args.longppl:
+        report_keys(args, rows, tokenizer, ids)
+    return 0
+
+
+def run_all(args, model, tokenizer, ids, results):
+    """Every method by the protocol asked for; the key tokens of a document are found once for all methods."""
+    @functools.cache
+    def keys_of(document):
+        return key_tokens(model, bos(tokenizer), document_ids(args, ids, document), args.key_rule, args.impl)
+
     for method in args.methods:
         if args.window:
             run_windows(args, model, tokenizer, ids, method, results)
         else:
-            run_documents(args, model, tokenizer, ids, method, results)
-    if args.window:
-        report_windows(args, results.rows.values())
-    else:
-        report_documents(args, results.rows.values(), L)
-    return 0
+            run_documents(args, model, tokenizer, ids, method, results, keys_of)
 
 
 if __name__ == "__main__":

@@ -89,13 +89,7 @@ def yarn(D, base, n, L, *, factor=None, beta_fast=32, beta_slow=1, attention_fac
     """
     L = whole("original_max_position_embeddings", original_max_position_embeddings, L)
     factor = power_of_two(factor, n, L)
-    low = pair_with_turns(positive("beta_fast", beta_fast), D, base, L)
-    high = pair_with_turns(positive("beta_slow", beta_slow), D, base, L)
-    if truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, D - 1)
-    if beta_fast < beta_slow:
-        raise ValueError(f"beta_slow {beta_slow} must not be above beta_fast {beta_fast}")
+    low, high = yarn_band(beta_fast, beta_slow, D, base, L, truncate)
     width = high - low or 0.001
     ramp = ((torch.arange(D // 2, dtype=torch.float64) - low) / width).clamp(0, 1)
     plain, _ = rope(D, base, n, L)
@@ -107,6 +101,20 @@ def yarn(D, base, n, L, *, factor=None, beta_fast=32, beta_slow=1, attention_fac
             lower = yarn_mscale(factor, positive("mscale_all_dim", mscale_all_dim))
             attention_factor = upper / lower
     return inv_freq, positive("attention_factor", attention_factor)
+
+
+def yarn_band(beta_fast, beta_slow, D, base, L, truncate=True):
+    """The channel pairs low and high between which YaRN's ramp runs, whole numbers if truncate.
+
+    L = 4096, D = 128, base 10^4, 32 and 1 turns: 20 and 46.
+    """
+    low = pair_with_turns(positive("beta_fast", beta_fast), D, base, L)
+    high = pair_with_turns(positive("beta_slow", beta_slow), D, base, L)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    if beta_fast < beta_slow:
+        raise ValueError(f"beta_slow {beta_slow} must not be above beta_fast {beta_fast}")
+    return max(low, 0), min(high, D - 1)
 
 
 def pair_with_turns(turns, D, base, L):
@@ -122,6 +130,20 @@ def yarn_mscale(factor, weight):
 def dynamic_yarn(D, base, n, L, *, beta_fast=32, beta_slow=1):
     """Dynamic YaRN: YaRN by the factor n/L of the prompt, plain RoPE up to L (arXiv 2309.00071, section 3.3)."""
     return yarn(D, base, n, L, factor=max(1.0, n / L), beta_fast=beta_fast, beta_slow=beta_slow)
+
+
+def mrrope(D, base, n, L, *, factor=None, beta_fast=32, beta_slow=1):
+    """MrRoPE-Pro: YaRN with a progressive ramp, pair low + k of its band divided by factor^(k (k+1)/(m (m+1))).
+
+    m = high - low is the width of the band; pairs before it keep their speed, those behind it are divided by factor;
+    logits times (0.1 ln factor + 1)^2 (arXiv 2601.22181; yarn_radix3 of the released code). factor as for pi.
+    """
+    factor = power_of_two(factor, n, L)
+    low, high = yarn_band(beta_fast, beta_slow, D, base, L)
+    m = max(high - low, 1)
+    k = (torch.arange(D // 2, dtype=torch.float64) - low).clamp(0, m)
+    plain, _ = rope(D, base, n, L)
+    return plain / factor ** (k * (k + 1) / (m * (m + 1))), yarn_mscale(factor, 1.0)
 
 
 def longrope(D, base, n, L, *, short_factor=None, long_factor=None, factor=None, attention_factor=None,
@@ -159,6 +181,71 @@ def llama3(D, base, n, L, *, factor=8.0, low_freq_factor=1.0, high_freq_factor=4
     return plain * keep + plain / positive("factor", factor) * (1 - keep), mscale
 
 
+def p_rope(D, base, n, L, *, partial_rotary_factor=0.25, factor=1.0):
+    """p-RoPE: only the fastest pairs turn, the slow ones rest and carry meaning alone. Needs a model trained so.
+
+    partial_rotary_factor: the share of the pairs that turn, 0.25 as in Gemma 4's full layers; their frequencies are
+    divided by factor (arXiv 2410.06205; rope_type "proportional" in transformers).
+    """
+    if positive("partial_rotary_factor", partial_rotary_factor) > 1:
+        raise ValueError(f"partial_rotary_factor must not be above 1, but is {partial_rotary_factor}")
+    inv_freq, mscale = rope(D, base, n, L)
+    inv_freq[int(partial_rotary_factor * D // 2):] = 0
+    return inv_freq / positive("factor", factor), mscale
+
+
+def cope_clip(D, base, n, L, *, clip_low_n=None, hard=False):
+    """CoPE, clipped RoPE: the slowest pairs times (1 + cos t)/2, t = 0..pi, the last at rest. For models trained so.
+
+    clip_low_n: how many pairs; the release has 20 for D = 128, here in proportion to D. hard: all of them at rest, the
+    paper's HardClip (arXiv 2602.05258).
+    """
+    clipped = min(whole("clip_low_n", clip_low_n, max(round(20 * D / 128), 1)), D // 2)
+    t = torch.linspace(0, math.pi, clipped, dtype=torch.float64)
+    taper = (1 + t.cos()) / 2
+    if hard:
+        taper = torch.zeros_like(t)
+    inv_freq, mscale = rope(D, base, n, L)
+    inv_freq[-clipped:] *= taper
+    return inv_freq, mscale
+
+
+def giraffe(D, base, n, L, *, truncate_pos=None):
+    """Giraffe's truncated basis: pairs that turn less than once in L turn once in 16 L, those under 1/8 turn rest.
+
+    truncate_pos: the wavelength to cut at, for L. For models trained so (arXiv 2308.10882, with the constants of the
+    released code).
+    """
+    cutoff = 2 * math.pi / whole("truncate_pos", truncate_pos, L)
+    plain, mscale = rope(D, base, n, L)
+    inv_freq = plain.clone()
+    inv_freq[plain < cutoff] = cutoff / 16
+    inv_freq[plain < cutoff / 8] = 0
+    return inv_freq, mscale
+
+
+def abf(D, base, n, L, *, rope_theta=5e5):
+    """ABF, adjusted base frequency: a larger base, with which a model is then trained further (arXiv 2309.16039).
+
+    rope_theta: the base in place of the model's, 500,000 for 10,000. EntropyABF is abf:attn-scale=logn.
+    """
+    return rope(D, positive("rope_theta", rope_theta), n, L)
+
+
+def resonance(D, base, n, L, *, on="rope"):
+    """Resonance RoPE: wavelengths rounded to whole tokens, so that every turn repeats the angles of the first.
+
+    on: the rule whose wavelengths are rounded, with its own defaults; resonance:on=yarn is the paper's Resonance YaRN
+    (arXiv 2403.00071). Raises ValueError for a rule that turns nothing.
+    """
+    rule = pick(FREQUENCIES, "frequency rule", on)
+    inv_freq, mscale = rule(D, base, n, L)
+    if inv_freq is None:
+        raise ValueError(f"resonance: on={on} turns nothing")
+    wavelengths = (2 * math.pi / inv_freq).round()  # of pairs at rest infinite, so that they stay at rest
+    return 2 * math.pi / wavelengths, mscale
+
+
 FREQUENCIES = {
     "rope":         rope,
     "nope":         nope,
@@ -171,6 +258,12 @@ FREQUENCIES = {
     "dynamic-yarn": dynamic_yarn,
     "llama3":       llama3,
     "longrope":     longrope,
+    "mrrope":       mrrope,
+    "p-rope":       p_rope,
+    "cope-clip":    cope_clip,
+    "giraffe":      giraffe,
+    "abf":          abf,
+    "resonance":    resonance,
 }
 UNROTATED = ("nope", "alibi")  # rules of models whose queries and keys are never rotated
 
@@ -214,11 +307,48 @@ def constant(i, visible, n, L, D, *, logit_factor=1.143434):
     return torch.full(visible.shape, positive("logit_factor", logit_factor), dtype=torch.float64)
 
 
+def ssmax(i, visible, n, L, D, *, s=None):
+    """Scalable-Softmax: s ln(visible), so that attention to a key does not fade with their number (arXiv 2501.19399).
+
+    s: the paper's is learned for every head; by default 1/ln(L), the form without training: log-n without its floor.
+    """
+    return visible.double().log() * positive("s", s, 1 / math.log(L))
+
+
+def llama4(i, visible, n, L, D, *, floor_scale=None, beta=0.1):
+    """Llama 4: 1 + beta ln(1 + floor((i + 1)/floor_scale)), a step up for every window (released code).
+
+    floor_scale: L; Llama 4 has 8192, and scales its layers without positions alone.
+    """
+    windows = (i + 1).div(whole("floor_scale", floor_scale, L), rounding_mode="floor")
+    return 1 + positive("beta", beta) * (1 + windows).double().log()
+
+
+def ministral(i, visible, n, L, D, *, beta=0.1, original_max_position_embeddings=None):
+    """Ministral 3: 1 + beta ln(1 + floor(i/L)), on all layers, beside YaRN (as in transformers)."""
+    L = whole("original_max_position_embeddings", original_max_position_embeddings, L)
+    windows = i.div(L, rounding_mode="floor")
+    return 1 + positive("beta", beta) * (1 + windows).double().log()
+
+
+def qwen_1m(i, visible, n, L, D):
+    """Qwen2.5-1M: max(1, 0.1 ln(n/L) + 1)^2 by the length of the prompt, for all queries alike (arXiv 2501.15383).
+
+    The release (in vLLM) multiplies the keys by the root of it and the logits by the root again, which is the same.
+    """
+    root = max(1.0, 0.1 * math.log(n / L) + 1)
+    return torch.full(visible.shape, root ** 2, dtype=torch.float64)
+
+
 SCALES = {
     "none":      None,
     "logn":      logn,
     "infoscale": infoscale,
     "constant":  constant,
+    "ssmax":     ssmax,
+    "llama4":    llama4,
+    "ministral": ministral,
+    "qwen-1m":   qwen_1m,
 }
 
 

@@ -6,13 +6,13 @@ Does not: chat, batch prompts of several lengths, train.
     python generate.py --method mesa                              # the shipped model, a passkey at 8 times its window
     python generate.py --method mesa:overlap=32 --ckpt llama-7b --prompt-file book.txt
 """
-import time
-
 import torch
 
+import hf
 from cache import KVCache
-from cli import (compile_dense, method_list, new_parser, number, open_checkpoint, peak_memory, place, read_text,
-                 run_command, say, settings_line, type_name)
+from checkpoint import find_checkpoint
+from cli import (compile_dense, method_list, new_parser, number, open_checkpoint, pick_device, pick_dtype, place,
+                 progress_of, read_text, run_command, say, settings_line, type_name, write_stream)
 from frequencies import FREQUENCIES, SCALES
 from geometry import METHODS
 from model import load_model
@@ -36,11 +36,7 @@ def generate(model, ids, method=None, *, max_new_tokens=64, temperature=0.0, top
     if min(ids) < 0 or max(ids) >= model.config.vocab_size:
         raise ValueError(f"token ids outside the model's vocabulary of {model.config.vocab_size}; wrong tokenizer?")
     method = Method.of(method, freq, attn_scale, **params)
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-
-    def choose(logits):
-        return sample(logits.float().cpu(), temperature, top_k, top_p, generator)
-
+    choose = sampler(temperature, top_k, top_p, seed)
     n = len(ids)
     logits, cache = prefill(model, torch.tensor([ids]), method, max_new_tokens, prefill_chunk, impl, progress)
     for token in decode(model, logits, cache, method, n, choose, max_new_tokens, impl):
@@ -90,6 +86,15 @@ def decode(model, logits, cache, method, n, choose, max_new_tokens, impl="auto")
         j = torch.arange(len(cache) + 1)
         plan = method.plan(model.config, n, i, j)
         logits = model(token[:, None].to(logits.device), plan, cache, impl=impl)[:, -1]
+
+
+def sampler(temperature=0.0, top_k=0, top_p=1.0, seed=None):
+    """choose(logits (B, vocab_size)) -> token (B,), by sample with random numbers of its own."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def choose(logits):
+        return sample(logits.float().cpu(), temperature, top_k, top_p, generator)
+    return choose
 
 
 def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
@@ -183,55 +188,14 @@ def resolved_settings(args, config, method, n, dtype, device):
     return settings
 
 
-def write(model, tokenizer, ids, method, args, device):
-    """Print the continuation as it comes, then tokens/s and peak memory; Ctrl-C ends it early. The exit code."""
-    times = []  # when each new token came
-
-    def timed(tokens):
-        for token in tokens:
-            times.append(time.perf_counter())
-            yield token
-
-    def progress(done, n):
-        if n > args.prefill_chunk:
-            say(f"\rprefill {done}/{n}", end="\n" if done == n else "")
-
-    t_start = time.perf_counter()
-    tokens = generate(model, ids, method, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                      top_k=args.top_k, top_p=args.top_p, seed=args.seed, prefill_chunk=args.prefill_chunk,
-                      impl=args.impl, progress=progress)
-    code = 0
-    try:
-        for text in tokenizer.stream(timed(tokens), ids):
-            print(text, end="", flush=True)
-    except KeyboardInterrupt:
-        say("\ninterrupted")
-        code = 130
-    print(flush=True)
-    if times:
-        report(len(ids), t_start, times, device)
-    return code
-
-
-def report(n, t_start, times, device):
-    """Tokens per second of the prefill of n tokens and of decoding, and peak memory."""
-    t_first = times[0]
-    t_end = times[-1]
-    line = f"prefill {n / (t_first - t_start):.1f} tokens/s"
-    if len(times) > 1:
-        line += f", decode {(len(times) - 1) / (t_end - t_first):.1f} tokens/s"
-    peak = peak_memory(device)
-    if peak:
-        line += f", peak memory {peak / 2**20:.0f} MiB"
-    say(line)
-
-
 def run(argv=None):
     """The command: its exit code."""
     args = parse_args(argv)
     if args.list_methods:
         print(list_methods())
         return 0
+    if hf.takes(find_checkpoint(args.ckpt)):
+        return run_in_transformers(args)
     path, config, tokenizer = open_checkpoint(args)
     method = asked_method(args)
     method.plan(config, n=1)  # a wrong name or setting shows here, before anything long
@@ -250,7 +214,33 @@ def run(argv=None):
     if args.compile:
         compile_dense(model)
     say(settings_line(resolved_settings(args, config, method, len(ids), dtype, device)))
-    return write(model, tokenizer, ids, method, args, device)
+    tokens = generate(model, ids, method, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                      top_k=args.top_k, top_p=args.top_p, seed=args.seed, prefill_chunk=args.prefill_chunk,
+                      impl=args.impl, progress=progress_of(args.prefill_chunk))
+    return write_stream(tokens, tokenizer, ids, device)
+
+
+def run_in_transformers(args):
+    """The command, for a family that model.py does not know: its exit code."""
+    for flag, is_set in (("--explain", args.explain), ("--compile", args.compile), ("--impl", args.impl != "auto")):
+        if is_set:
+            raise ValueError(f"{flag} is not there for a model that runs through transformers")
+    path = find_checkpoint(args.ckpt)
+    method = asked_method(args)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, hf.stored_type(path), device)
+    model, tokenizer = hf.load(path, dtype, device)
+    config = hf.positions_of(hf.extend(model, method, args.train_len))
+    ids = prompt_ids(args, tokenizer, config.train_len)
+    for warning in warnings(config, method, len(ids), min(args.max_new_tokens, 10 ** 6)):
+        say(f"warning: {warning}")
+    say(settings_line(resolved_settings(args, config, method, len(ids), dtype, device)))
+    if not ids:
+        raise ValueError("the prompt is empty")
+    choose = sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    chunk = args.prefill_chunk
+    tokens = hf.continue_ids(model, ids, choose, args.max_new_tokens, chunk, progress_of(chunk))
+    return write_stream(tokens, tokenizer, ids, device)
 
 
 if __name__ == "__main__":

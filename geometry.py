@@ -81,7 +81,8 @@ def dca(i, j, n, L, *, chunk=None, top=None):
     """Dual Chunk Attention: keys stand at j mod chunk, queries where that gives distances of at most top.
 
     At i mod chunk for their own chunk, min(chunk + i mod chunk, top) for the one before, top for all earlier ones
-    (arXiv 2402.17463, section 3). chunk: 3L/4; top: L - 1. (The released code: top 3L/4, chunk 3L/4 - L/8.)
+    (arXiv 2402.17463, section 3). chunk: 3L/4; top: L - 1. (The released code: top 3L/4, chunk 3L/4 - L/8. Qwen2.5-1M
+    in vLLM: top its chunk_size, chunk its chunk_size - local_size, with attn-scale=qwen-1m.)
     chunk 4, top 5: query 10 sees 8 9 10 at 2 1 0, 4..7 at 5 4 3 2 and 0..3 at 5 4 3 2.
     """
     chunk = scaled("chunk", chunk, 1536, L)
@@ -127,6 +128,24 @@ def lm_infinite(i, j, n, L, *, local=None, sinks=10, cap=None):
     if cap < local - 1:
         raise ValueError(f"lm-infinite: cap {cap} is below the largest local distance {local - 1}")
     return near_far(i, j, local, 0 * i + cap, 0 * j, sinks)
+
+
+def chunked(i, j, n, L, *, chunk=None):
+    """Chunked attention: the keys of the query's own chunk at true distances, as in Llama 4's local layers.
+
+    chunk: L; Llama 4 has 8192. chunk 4: query 5 sees 4 5 at 1 0, query 8 itself alone.
+    """
+    chunk = whole("chunk", chunk, L)
+    return [Region(i, j, i - i % chunk, i + 1)]
+
+
+def sliding(i, j, n, L, *, window=None):
+    """Sliding window: the last `window` keys, the query's own among them, at true distances (arXiv 2310.06825).
+
+    As in Mistral and in the local layers of Gemma and Cohere2. window: L. window 4: query 8 sees 5 6 7 8 at 3 2 1 0.
+    """
+    window = whole("window", window, L)
+    return [Region(i, j, (i - window + 1).clamp(min=0), i + 1)]
 
 
 @dataclass
@@ -332,6 +351,8 @@ METHODS = {  # name: (geometry, frequency rule or None: the model's own, attenti
     "string":        (string, None, None),
     "streaming-llm": (streaming_llm, None, None),
     "lm-infinite":   (lm_infinite, None, None),
+    "chunked":       (chunked, None, None),
+    "sliding":       (sliding, None, None),
     "lampe":         (lampe, None, "constant"),
     "stair":         (stair, None, "logn"),
     "mesa":          (mesa, None, "logn"),

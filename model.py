@@ -1,7 +1,7 @@
-"""A LLaMA from scratch: its configuration, the network, and how to load it from a checkpoint folder.
+"""A LLaMA from scratch: the network, and how to load it from a checkpoint folder.
 
-Does not: read files itself (checkpoint.py, tokenizer.py), choose positions (positions.py), hold keys and values
-(cache.py), or sample (generate.py).
+Does not: read files itself (config.py, checkpoint.py, tokenizer.py), choose positions (positions.py), hold keys and
+values (cache.py), or sample (generate.py).
 
     model, tokenizer = load("llama-7b", dtype="bfloat16")
     ids = tokenizer.encode("The sky is")
@@ -9,79 +9,17 @@ Does not: read files itself (checkpoint.py, tokenizer.py), choose positions (pos
 
 Letters: B batch, T tokens, H and Hkv query and key heads, Tq, Tk queries and keys, D head width.
 """
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from attention import attend
-from checkpoint import config_fields, find_checkpoint, read_weights
-from frequencies import positive, whole
-from positions import Method
+from checkpoint import find_checkpoint, read_weights
+from config import Config
 from single_row import ATTENTIONS, PRODUCTS, Ways, fastest_ways
 from tokenizer import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass
-class Config:
-    """The fields of config.json that shape a LLaMA, under their Hugging Face names, and what its positions are."""
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    max_position_embeddings: int = 2048
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    bos_token_id: int | None = 1
-    eos_token_id: tuple[int, ...] = (2,)
-    dtype: str = "float32"                           # as stored
-    train_len: int = 2048                            # L: original_max_position_embeddings, else max_position_embeddings
-    freq: str = "rope"                               # the frequencies it was trained with, a row of FREQUENCIES
-    freq_params: dict = field(default_factory=dict)  # and their parameters
-    rotary_dim: int | None = None                    # how many channels of a head turn; None: all
-    interleaved: bool = False                        # pairs of channels (2p, 2p + 1), not (p, p + rotary_dim/2)
-    cosine_attention: float | None = None            # our key: logits are this times the cosine of q and k (CosScale)
-
-    @staticmethod
-    def from_hf(path, train_len=None):
-        """The Config of a checkpoint folder; train_len overrides L. ValueError names what is missing or unsupported."""
-        fields = config_fields(path, train_len)
-        try:
-            return Config(**fields)
-        except ValueError as error:
-            raise ValueError(f"{path}/config.json: {error}") from None
-
-    def __post_init__(self):
-        """ValueError for sizes that no model can have."""
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings", "train_len"):
-            whole(name, getattr(self, name))
-        for name in ("rms_norm_eps", "rope_theta"):
-            positive(name, getattr(self, name))
-        special = self.eos_token_id if self.bos_token_id is None else (self.bos_token_id, *self.eos_token_id)
-        for token in special:
-            if whole("a token id", token, least=0) >= self.vocab_size:
-                raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
-                             f"{self.num_attention_heads}")
-
-    def plan(self, method=None, *, n, i=None, j=None, freq=None, attn_scale=None, **params):
-        """The Plan of a method for this model; queries i and keys j default to a whole prompt of n tokens.
-
-        method: a name, a text like "mesa:first=16", or a Method; None is what config.json says. The keywords are
-        settings of the method. See positions.Method and positions.make_plan.
-        """
-        return Method.of(method, freq, attn_scale, **params).plan(self, n, i, j)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,8 +41,7 @@ class RMSNorm(nn.Module):
 
 
 def is_single_row(x):
-    """Whether x (*, channels) is one row on a CPU, as in decoding, where what counts is how little is done besides
-    reading the weights."""
+    """Whether x (*, channels) is one row on a CPU, as in decoding: what counts is then how fast weights are read."""
     return x.numel() == x.shape[-1] and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 

@@ -185,7 +185,7 @@ def check_parameters(method, *functions):
             listed = ", ".join(known) or "none"
             raise ValueError(f"{method.name}: unknown parameter {name!r}{did_you_mean(name, known)} (it has {listed})")
         wrong_kind = isinstance(known.get(name), bool) != isinstance(value, bool)
-        if name == "fit":
+        if name in ("fit", "on"):  # names, not numbers
             wrong_kind = not isinstance(value, (str, type(None)))
         elif isinstance(value, str):
             wrong_kind = True

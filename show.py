@@ -6,6 +6,7 @@ warn of longer ones, plot the results of the evaluations. Does not: run a model.
     python show.py mesa                                            # a small example as text, and what it costs
     python show.py mesa:first=2:chunk=4:width=2 --length 12 --train-len 6
     python show.py all --plot methods.png                          # every method in one picture
+    python show.py --page methods.html                             # a page on which every method can be played with
 """
 import math
 from dataclasses import replace
@@ -17,6 +18,7 @@ from cli import accuracy, plain_parser, run_command, select, type_name
 from frequencies import FREQUENCIES, SCALES, UNROTATED, pick, rope, whole
 from geometry import METHODS, cosscale, full
 from model import Llama
+from page import write_page
 from plan import Region, distance, farthest, visible_keys
 from positions import Method, make_plan, parameters, parse_settings
 from rotation import is_unrotated
@@ -33,6 +35,8 @@ GROWS = {          # the parameter of a method or frequency rule that, made larg
     "ntk":          "factor",
     "ntk-mixed":    "factor",
     "yarn":         "factor",
+    "mrrope":       "factor",
+    "p-rope":       "factor",
     "llama3":       "factor",
 }
 
@@ -103,7 +107,7 @@ def settings_text(*functions):
 
 def scale_text(freq, scale):
     """The attention scale of a row of METHODS; YaRN's is a factor on cos and sin, called mscale."""
-    if scale is None and freq in ("yarn", "dynamic-yarn"):
+    if scale is None and freq in ("yarn", "dynamic-yarn", "mrrope"):
         return "mscale"
     return scale or "none"
 
@@ -124,16 +128,18 @@ def last_query_plan(config, method, n, total):
 
 
 def slowdown(plan, base=1e4):
-    """The speed of the slowest channel pair that turns at all, in that of plain RoPE's pair of the same index.
+    """The speed of the slowest channel pair, in that of plain RoPE's pair of the same index.
 
-    1/factor for pi; 0 where nothing turns.
+    1/factor for pi; 0 where nothing turns. Where slow pairs are at rest (p-rope, cope-clip, giraffe), that of the pair
+    which is slowed least: cutting off the slow end lets nothing that still turns reach further.
     """
     if plan.inv_freq is None or not plan.inv_freq.any():
         return 0.0
-    turning = plan.inv_freq.where(plan.inv_freq > 0, torch.inf)
-    slowest = int(turning.argmin())
     plain, _ = rope(2 * len(plan.inv_freq), base, 1, 1)
-    return float(plan.inv_freq[slowest] / plain[slowest])
+    counted = plan.inv_freq > 0
+    if bool(counted.all()):
+        counted = plan.inv_freq == plan.inv_freq.min()
+    return float((plan.inv_freq / plain)[counted].max())
 
 
 def within(plan, L, base=1e4):
@@ -161,15 +167,15 @@ def longest(fits, most):
     return low
 
 
-def reach(config, method):
-    """The longest prompt, in tokens, whose last token is within(L); at most LONGEST, where the search ends.
+def reach(config, method, most=LONGEST):
+    """The longest prompt, in tokens, whose last token is within(L); at most `most`, where the search ends.
 
     Examples: rope L, self-extend (L - window) group + window, leaky-rerope window + k (L - window), pi factor * L.
     """
     def fits(n):
         plan = last_query_plan(config, method, n, n)
         return within(plan, config.train_len, config.rope_theta)
-    return longest(fits, LONGEST)
+    return longest(fits, most)
 
 
 def advice(name, freq, n, fits):
@@ -446,6 +452,49 @@ def plot_losses(curves, middles, L, path):
     save(figure, path)
 
 
+def plot_ruler(scores, averages, tasks, lengths, L, path):
+    """A heatmap per method, tasks down and lengths across, below them the mean of the tasks by length; dashed at the
+    window. scores: {(method, task, length): percent}; averages: {method: percent by length}."""
+    columns = min(len(averages), 4)
+    heatmap_rows = math.ceil(len(averages) / columns)
+    figure = new_figure(3.4 * columns + 1.2, (0.2 * len(tasks) + 1.2) * heatmap_rows + 4)
+    grid = figure.add_gridspec(heatmap_rows + 2, columns)
+    window_edge = sum(n <= L for n in lengths) - 0.5
+    for number, method in enumerate(averages):
+        axes = figure.add_subplot(grid[number // columns, number % columns])
+        matrix = [[scores[method, task, length] for length in lengths] for task in tasks]
+        axes.imshow(matrix, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+        axes.axvline(window_edge, color="black", linestyle="--", linewidth=1)
+        axes.set(xticks=range(len(lengths)), xticklabels=lengths, yticks=range(len(tasks)))
+        axes.set_yticklabels(tasks if number % columns == 0 else [], fontsize=7)
+        axes.set_title(method, fontsize=9)
+    axes = figure.add_subplot(grid[-2:, :])
+    for number, (method, curve) in enumerate(averages.items()):
+        style = "o-" if number < 10 else "s--"
+        axes.plot(lengths, curve, style, color=f"C{number % 10}", label=method)
+    axes.axvline(L, color="black", linestyle="--", linewidth=1)
+    length_axis(axes, lengths)
+    axes.set(xlabel="tokens of prompt and answer", ylabel="mean score in percent", ylim=(-3, 103))
+    axes.legend(fontsize=7, ncols=2)
+    save(figure, path)
+
+
+def plot_key_tokens(curves, key_curves, keys, middles, L, path):
+    """Loss by position of all tokens, below it of the key tokens, {method: nats per token in each stretch}, over the
+    middles of the stretches; a tick for each of the positions keys; dashed at L."""
+    figure = new_figure(8, 7)
+    rows = figure.subplots(2, 1, sharex=True)
+    for axes, lines, label in zip(rows, (curves, key_curves), ("all tokens", "key tokens")):
+        for method, losses in lines.items():
+            axes.plot(middles, losses, marker=".", label=method)
+        axes.axvline(L, color="black", linestyle="--", linewidth=1)
+        axes.set(ylabel=f"nats per token, {label}")
+    rows[1].plot(keys, [0] * len(keys), "|", color="black", markersize=12)
+    rows[1].set(xlabel="position in tokens; a tick for each key token")
+    rows[0].legend(fontsize=7, ncols=2)
+    save(figure, path)
+
+
 def plot_bench(rows, path):
     """Time and memory by length, a line per method; rows: dicts of bench.py's section attention, one of each method and
     length."""
@@ -488,10 +537,10 @@ def example(method, n, L):
     return make_plan(method, i, i, n=n, L=L, D=64, H=8)
 
 
-def check_file(path, force):
-    """ValueError for a picture file that has no ending, or is there already."""
+def check_file(path, force, usage):
+    """ValueError for a file that has no ending, or is there already; usage is how to name one."""
     if not Path(path).suffix:
-        raise ValueError(f"--plot {path}: a picture file needs an ending, as in: show.py all --plot methods.png")
+        raise ValueError(f"{path}: the name of a file needs an ending, as in: show.py {usage}")
     if Path(path).exists() and not force:
         raise ValueError(f"{path} is there already; --force overwrites it")
 
@@ -504,7 +553,8 @@ def parse_args(argv):
     flag("train-len", type=int, help="training length L; default: half of --length")
     flag("set", action="append", default=[], metavar="name=value", help="parameters of the method, a=1,b=2; repeatable")
     flag("plot", metavar="FILE", help="draw a picture (needs matplotlib)")
-    flag("force", action="store_true", help="overwrite the file of --plot")
+    flag("page", metavar="FILE", help="make a page (HTML) on which every method can be played with")
+    flag("force", action="store_true", help="overwrite the file of --plot or --page")
     args = parser.parse_args(argv)
     if args.length is None:
         args.length = 128 if args.plot else 32
@@ -516,10 +566,14 @@ def parse_args(argv):
 def run(argv=None):
     """The command: its exit code."""
     args = parse_args(argv)
+    if args.page:
+        check_file(args.page, args.force, "--page methods.html")
+        write_page(args.page, slowdown=slowdown, reach=reach, sentence=first_sentence)
+        return 0
     n = whole("length", args.length)
     L = whole("train_len", args.train_len, least=2)
     if args.plot:
-        check_file(args.plot, args.force)
+        check_file(args.plot, args.force, "all --plot methods.png")
     elif args.method == "all":
         raise ValueError("name a method, or give --plot FILE for a picture of all")
     elif n > PRINTABLE:

@@ -107,7 +107,7 @@ ATTENTIONS = {"flash": flash_attention, "matmul": matmul_attention, "compiled": 
 # ---------------------------------------------------------------------------------------------------------------------
 # which is the fastest here
 
-LEAST = 2 ** 26   # bytes of weights below which every way is fast enough, and results should not depend on a clock
+LEAST = 2 ** 27   # bytes of weights below which every way is fast enough, and results should not depend on a clock
 COMPILING = 20.0  # seconds that torch.compile may take for a model
 
 
@@ -132,7 +132,7 @@ def fastest_ways(model, tokens=0):
     def attend(attention):
         for k, v in zip(keys, values):
             attention(q, k, v)
-    copying = copy_seconds()
+    copying = copy_seconds() if tokens else 0.0
     all_weights = sum(weight.nbytes for weight in model.parameters())
     return Ways(fastest(PRODUCTS, multiply, bytes_timed * copying, tokens * all_weights / bytes_timed),
                 fastest(ATTENTIONS, attend, 2 * keys.nbytes * copying, tokens * layers / len(keys)))
@@ -172,10 +172,10 @@ def medians(calls, rounds=3):
 
 
 def copy_seconds():
-    """Seconds per byte that is read and written, in a copy of LEAST bytes."""
-    x = torch.zeros(LEAST, dtype=torch.uint8)
+    """Seconds per byte that is read and written, in a copy of LEAST/2 bytes."""
+    x = torch.zeros(LEAST // 2, dtype=torch.uint8)
     y = torch.zeros_like(x)
-    return medians({"copy": partial(y.copy_, x)})["copy"] / (2 * LEAST)
+    return medians({"copy": partial(y.copy_, x)})["copy"] / LEAST
 
 
 def timed_weights(model):
@@ -188,10 +188,10 @@ def timed_weights(model):
 
 
 def timed_keys(model, dtype, T=2048):
-    """A query (1, Hkv, G, D), and keys and values (layers, 1, Hkv, T, D), LEAST/2 bytes each, as a cache holds them."""
+    """A query (1, Hkv, G, D), and keys and values (layers, 1, Hkv, T, D) as caches hold them, of LEAST/16 bytes."""
     c = model.config
     G = c.num_attention_heads // c.num_key_value_heads
     shape = (1, c.num_key_value_heads, T, c.head_dim)
-    layers = max(2, LEAST // 2 // (math.prod(shape) * dtype.itemsize))
+    layers = max(2, LEAST // 16 // (math.prod(shape) * dtype.itemsize))
     keys = torch.ones(layers, *shape, dtype=dtype)
     return keys[0, :, :, :G], keys, torch.ones_like(keys)

@@ -37,14 +37,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 
+import ruler_tasks
 from checkpoint import ENCODINGS, UNFINISHED
 from cli import number, plain_parser, run_command, say, settings_line
-from model import Config, Llama, load_model
+from config import Config
+from model import Llama, load_model
 from tasks import FILLER, NEEDLE, PAIRS, QUESTION, RECORDS, TASK, TASKS, WORDS, cycled, entries, joined, passkey_prompt
 from tokenizer import Tokenizer, load_tokenizer
 
 ANSWER = "{key}."              # what follows QUESTION; sentencepiece puts the space in front
 MIX = ("kv", "prose", "kv", "lines", "passkey", "lines")  # kinds of rows, over and over
+RULER = tuple(task for task in ruler_tasks.TASKS if task != "qa")  # qa needs outside data
+MIXES = {"records": MIX, "ruler": MIX + RULER}
 MUON = 7                       # its learning rate over that of AdamW
 
 
@@ -118,8 +122,9 @@ class Corpus:
     documents: list[str]
     sentences: list[str]   # of 20 to 120 characters, to repeat as filler
     stream: list[int]      # all documents in random order, each between <s> and </s>
-    shortest: int          # tokens of the shortest prompt and its answer, of any task
+    shortest: int          # tokens of the shortest prompt and its answer, of passkey, lines and kv
     longest_word: str      # of WORDS, in tokens
+    material: ruler_tasks.Material  # of RULER's tasks: what the evaluation does not draw from
 
 
 def make_corpus(args, tokenizer, documents, config):
@@ -135,7 +140,8 @@ def make_corpus(args, tokenizer, documents, config):
     shortest = shortest_row(tokenizer, longest_word)
     if shortest > args.window:
         raise ValueError(f"--window {args.window}: the shortest prompt and its answer take {shortest} tokens")
-    return Corpus(tokenizer, documents, sentences, stream, shortest, longest_word)
+    material = ruler_tasks.new_material(test=False)
+    return Corpus(tokenizer, documents, sentences, stream, shortest, longest_word, material)
 
 
 def shortest_row(tokenizer, name):
@@ -169,8 +175,10 @@ def batch(step, args, corpus, config):
     longest = min(corpus.shortest + growth, args.window)
     length = longest if rng.random() < 0.5 else rng.randint(corpus.shortest, longest)
     rows = []
-    for kind in kinds(args.batch * args.window // length):
-        if kind == "prose":
+    for kind in kinds(args, step, args.batch * args.window // length):
+        if kind in RULER:
+            rows.append(ruler_row(rng, kind, corpus, length, config.eos_token_id[0]))
+        elif kind == "prose":
             rows.append(prose_row(rng, corpus, length, config.bos_token_id))
         elif kind == "passkey":
             rows.append(passkey_row(rng, corpus, length, config.eos_token_id[0]))
@@ -179,9 +187,12 @@ def batch(step, args, corpus, config):
     return torch.tensor([row.ids for row in rows]), torch.tensor([row.weights for row in rows])
 
 
-def kinds(rows):
-    """The kind of every row of a batch: MIX, over and over."""
-    return [MIX[row % len(MIX)] for row in range(rows)]
+def kinds(args, step, rows):
+    """The kind of every row of a batch: those of the mix, over and over; where it has more kinds than a batch has rows,
+    a step goes on where the last one ended."""
+    mix = MIXES[args.mix]
+    first = step * args.batch if len(mix) > args.batch else 0
+    return [mix[(first + row) % len(mix)] for row in range(rows)]
 
 
 def prose_row(rng, corpus, length, bos):
@@ -265,6 +276,37 @@ def record_row(rng, task, corpus, length, eos):
     weights += [0.1] * len(question) + [8.0] * len(answer)
     weights = [0.1] * (length - len(weights)) + weights
     return Row(head + padding + ids, weights)
+
+
+def ruler_row(rng, task, corpus, length, eos):
+    """A Row of T = length: a prompt of a task of RULER, its answer, </s>, and filler that need not be predicted.
+
+    Its size is one of the two smallest; where neither fits into this length, a piece of prose takes its place.
+    """
+    tokenizer = corpus.tokenizer
+    sizes = ruler_tasks.SIZES[-2:]
+    for size in rng.sample(sizes, len(sizes)):
+        room = ruler_tasks.answer_room(tokenizer, task, size, corpus.material)
+        try:
+            prompt = ruler_tasks.ruler_prompt(tokenizer, task, length - room, rng, corpus.material, size)
+        except ValueError:
+            continue  # longer than this row
+        answer = tokenizer.encode(in_order(prompt), bos=False) + [eos]
+        rest = length + 1 - len(prompt.ids) - len(answer)
+        if rest >= 0:
+            ids = prompt.ids + answer + cycled(tokenizer.encode(FILLER, bos=False), rest)
+            return Row(ids, [0.1] * (len(prompt.ids) - 1) + [8.0] * len(answer) + [0.0] * rest)
+    return prose_row(rng, corpus, length, tokenizer.encode("")[0])
+
+
+def in_order(prompt):
+    """The answer to a RulerPrompt; what it may list in any order, as the text has it: only one can be learned."""
+    found = sorted(prompt.references, key=prompt.text.find)
+    if prompt.task == "niah_multivalue":
+        return ruler_tasks.listed(found) + "."
+    if prompt.task == "cwe":
+        return ruler_tasks.numbered(found) + "."
+    return prompt.answer
 
 
 def random_names(rng, corpus, length):
@@ -439,7 +481,8 @@ def learning_rate(step, args):
 # the run
 
 def train_step(step, args, model, optimizers, corpus):
-    """One update. Returns (4,): the loss of prose, and for each of TASKS the share of right digits, both before it."""
+    """One update. Returns, all before it: the loss of prose; for each of TASKS the share of right digits, and for each
+    of RULER's in the mix that of right tokens; nan for what is not in the batch."""
     # ids (B, T + 1) and weights (B, T) that depend on nothing but the seed and the step
     ids, weights = batch(step, args, corpus, model.config)
     targets = ids[:, 1:]
@@ -463,14 +506,24 @@ def train_step(step, args, model, optimizers, corpus):
 
     # a row with an answer ends in five digits, "." or what else closes it, and </s>
     right = (logits[:, -7:-2].argmax(-1) == ids[:, -7:-2]).float().mean(1)
-    measures = [loss[rows_of("prose", ids)].mean()]
-    measures += [right[rows_of(task, ids)].mean() for task in TASKS]
+    found = kinds(args, step, len(ids))
+    measures = [loss[rows_of("prose", found)].mean()]
+    measures += [right[rows_of(task, found)].mean() for task in TASKS]
+    hits = (logits.argmax(-1) == targets).float()
+    for task in measured(args)[1 + len(TASKS):]:
+        rows = rows_of(task, found)
+        measures.append(hits[rows][weights[rows] == 8.0].mean())
     return torch.stack(measures).detach()
 
 
-def rows_of(wanted, ids):
-    """(B,) bool: which rows of ids (B, T + 1) are of this kind."""
-    return torch.tensor([kind == wanted for kind in kinds(len(ids))])
+def rows_of(wanted, found):
+    """(B,) bool: which rows of a batch of these kinds are of the one that is wanted."""
+    return torch.tensor([kind == wanted for kind in found])
+
+
+def measured(args):
+    """The names of what train_step returns."""
+    return ("prose", *TASKS, *(task for task in RULER if task in MIXES[args.mix]))
 
 
 def train(args, model, corpus):
@@ -487,8 +540,8 @@ def train(args, model, corpus):
     for step in range(done, args.steps):
         measures.append(train_step(step, args, model, optimizers, corpus))
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            means = [round(mean, 4) for mean in torch.stack(measures).mean(0).tolist()]
-            means = dict(zip(("prose", *TASKS), means))
+            means = [round(mean, 4) for mean in torch.stack(measures).nanmean(0).tolist()]
+            means = dict(zip(measured(args), means))
             curve.append({"step": step + 1, **means, "seconds": round(time.time() - start)})
             say(" ".join(f"{name} {value}" for name, value in curve[-1].items()))
             save_state(state, args, step + 1, model, optimizers, curve)
@@ -532,6 +585,8 @@ def parse_args(argv):
     flag("steps", type=number(int, 1), default=2400)
     flag("batch", type=number(int, len(MIX)), default=16,
          help="rows of a step, if as long as the window; at least one of each kind")
+    flag("mix", choices=MIXES, default="records",
+         help="kinds of rows: prose, passkey, lines and key-value records; or RULER's tasks as well")
     flag("window", type=number(int, 64), default=256, help="longest input, in tokens")
     flag("vocab", type=number(int, 300), default=1024)
     flag("width", type=number(int, 1), default=128)

@@ -1,13 +1,18 @@
 """bench.py: races are fair, wrong candidates are not timed, every section runs, and rows say where they were made."""
 import gc
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import bench
+import bench_llama_cpp
 from cli import run_command
+from config import Config
+from model import load_model
 from positions import Method
+from rotation import rotate
 
 SMALL = ["--rounds", "1", "--threads", "1", "--heads", "2", "--width", "16", "--device", "cpu"]
 TINY = bench.Shape(layers=2, width=32, heads=4, kv_heads=2, mlp_width=64, train_len=256, vocabulary=1200)
@@ -154,3 +159,36 @@ def test_bad_input_is_one_clear_line(args, named, file, capsys):
     with pytest.raises(SystemExit) as end:
         run_command(lambda: bench.run([*args, "--results", str(file)]), "bench.py")
     assert end.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1] and not file.exists()
+
+
+# ---- llama.cpp
+
+def test_rows_of_queries_and_keys_in_metas_order():
+    """Turned as pairs of neighbours, as llama.cpp does, they give the scores of ours."""
+    heads, D, T = 3, 8, 5
+    weights = torch.randn(2, heads * D, 16)
+    x = torch.randn(T, 16)
+    angles = torch.arange(T)[:, None] * torch.rand(D // 2)
+
+    def scores(q_weight, k_weight, interleaved):
+        q, k = [rotate((x @ w.T).view(1, T, heads, D).transpose(1, 2), angles.cos(), angles.sin(), interleaved)
+                for w in (q_weight, k_weight)]
+        return q @ k.transpose(-1, -2)
+    moved = [bench_llama_cpp.interleave_rows(w, heads) for w in weights]
+    assert torch.allclose(scores(*moved, interleaved=True), scores(*weights, interleaved=False), atol=1e-5)
+
+
+def test_a_checkpoint_as_gguf(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    folder = bench.random_checkpoint(SimpleNamespace(scratch=tmp_path, shape="110m"))
+    reader = gguf.GGUFReader(bench_llama_cpp.write_gguf(folder, "bf16"))
+    assert {"token_embd.weight", "blk.0.attn_q.weight", "blk.1.ffn_norm.weight"} <= {t.name for t in reader.tensors}
+    if bench_llama_cpp.missing():
+        return
+    ours = load_model(folder, Config.from_hf(folder), torch.bfloat16)
+    ids = bench.random_ids(20, "cpu")
+    engine = bench_llama_cpp.LlamaCpp(folder / "bf16.gguf", threads=1, context=64)
+    want = ours(ids, ours.plan("rope", n=20), last_only=True)[0, -1]
+    bench.check("llama.cpp", engine.prefill(ids[0].tolist()), want, torch.bfloat16)
+    engine.decode(20, 2)
+    engine.close()

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from checkpoint import find_checkpoint, refuse_unfinished, weight_bytes
-from model import Config, Llama, load, load_model
+from config import Config
+from model import Llama, load, load_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -120,7 +121,8 @@ def test_dtype(dtype, want, folder):
 
 LOADING = """
 import sys, torch
-from model import Config, load_model
+from config import Config
+from model import load_model
 
 def status(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024

@@ -12,7 +12,7 @@ import torch
 
 from cli import (Results, fingerprint, keep_freed_memory, method_list, methods_asked, open_checkpoint, pick_device,
                  pick_dtype, plain_parser, read_text, run_command)
-from model import Config
+from config import Config
 from geometry import METHODS
 from positions import Method
 

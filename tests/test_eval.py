@@ -18,10 +18,10 @@ import eval_passkey
 import eval_perplexity
 from cli import run_command, short_hash
 from eval_passkey import answer_batch, is_cut, make_trials, read_filler
-from eval_perplexity import Window, losses, sliding_windows
+from eval_perplexity import KeyRule, Window, key_tokens, losses, sliding_windows
 from model import load
 from positions import Method
-from tasks import FILLER, Prompt, passkey_prompt, record_prompt
+from tasks import FILLER, NEEDLE, QUESTION, Prompt, passkey_prompt, record_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 LICENSE = ROOT / "LICENSE"
@@ -326,6 +326,51 @@ def test_perplexity_by_sliding_window(tiny, tmp_path):
     assert run(eval_perplexity, *args)[1] == out and rows_of(tmp_path / "p.jsonl") == rows
 
 
+# ---- key tokens
+
+KEY_TEXT = f"{NEEDLE.format(key=71432)} {(FILLER + ' ') * 3}{QUESTION} 71432. {FILLER}"
+
+
+@torch.no_grad()
+def test_key_tokens_are_those_of_the_definition(tiny):
+    """Token by token: the loss given 40 to 59 tokens, minus that given all, above 2; the latter below 2."""
+    model, tokenizer = tiny
+    ids = tokenizer.encode(KEY_TEXT, bos=False)
+    rule = KeyRule(Method("rope"), short=40, stride=20, gain=2, most=2)
+
+    def loss(begin, token):
+        i = torch.arange(token - begin + 1)
+        logits = model(torch.tensor([[1] + ids[begin:token]]), model.plan("rope", n=len(ids) + 1, i=i, j=i))[0, -1]
+        return -float(logits.log_softmax(-1)[ids[token]])
+
+    expected = []
+    for token in range(40, len(ids)):
+        whole = loss(0, token)
+        if whole < 2 and loss((token - 40) // 20 * 20, token) - whole > 2:
+            expected.append(token)
+    assert key_tokens(model, [1], ids, rule).nonzero()[:, 0].tolist() == expected
+    assert "71432" in tokenizer.decode(ids[expected[0]:expected[-1] + 1])
+
+
+def test_perplexity_over_key_tokens(tiny, tmp_path):
+    """Beside the loss of all; the key tokens are marked in their text, and a second run reads them from the file."""
+    model, tokenizer = tiny
+    (tmp_path / "keys.txt").write_text(KEY_TEXT)
+    ids = tokenizer.encode(KEY_TEXT, bos=False)
+    args = (tmp_path / "keys.txt", "--methods", "mesa:first=16", "--length", len(ids) + 1, "--longppl", "--key-short",
+            "40", "--key-stride", "20", "--key-method", "rope", "--results", tmp_path / "p.jsonl")
+    code, out, _ = run(eval_perplexity, *args)
+    keys = key_tokens(model, [1], ids, KeyRule(Method("rope"), 40, 20, 2, 2))
+    nll = losses(model, [1] + ids, "mesa:first=16")
+    lines = out.splitlines()
+    assert code == 0 and lines[5].startswith(f"LongPPL: {int(keys.sum())} key tokens")
+    perplexity, longppl = [float(cell) for cell in lines[8].split("|")[2:4]]
+    assert perplexity == pytest.approx(math.exp(nll.mean()), abs=1e-3)
+    assert longppl == pytest.approx(math.exp(nll[keys].mean()), abs=1e-3)
+    assert "[[" in lines[9] and "71432" in lines[9]
+    assert run(eval_perplexity, *args)[1] == out
+
+
 # ---- pictures, and bad input, of both
 
 def test_pictures(grid, book, tmp_path):
@@ -333,6 +378,8 @@ def test_pictures(grid, book, tmp_path):
     code, out, _ = run(eval_passkey, *GRID, "--results", grid[0], "--plot", tmp_path / "a.png")
     assert code == 0 and out == grid[1] and (tmp_path / "a.png").stat().st_size > 1000
     args = (book, "--methods", "rope,mesa", "--length", 300, "--results", tmp_path / "p.jsonl")
+    run(eval_perplexity, *args, "--longppl", "--plot", tmp_path / "c.png")
+    assert (tmp_path / "c.png").stat().st_size > 1000
     code, _, _ = run(eval_perplexity, *args, "--plot", tmp_path / "b.png")
     assert code == 0 and (tmp_path / "b.png").stat().st_size > 1000
 
@@ -361,6 +408,7 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_long(script, ar
     (eval_perplexity, (os.devnull,), "too short a text"),
     (eval_perplexity, (LICENSE, "--documents", "9"), "--documents 9"),
     (eval_perplexity, (LICENSE, "--length", "5"), "--buckets 8"),
+    (eval_perplexity, (LICENSE, "--length", "99", "--longppl"), "--longppl"),
     (eval_perplexity, (LICENSE, "--window", "256", "--stride", "256"), "leaves gaps"),
     (eval_perplexity, (LICENSE, "--window", "256", "--length", "5"), "another protocol")])
 def test_bad_input_is_one_clear_line(script, args, named, tmp_path):

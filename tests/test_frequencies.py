@@ -32,6 +32,11 @@ FOUR_PAIRS = {  # rule: parameters, and what the frequencies 1, 0.1, 0.01, 0.001
     "ntk": ({"factor": 2.0}, [1, 2 ** (1 / 3), 2 ** (2 / 3), 2]),
     "ntk-mixed": ({"factor": 16.0, "b": 1.0}, [2, 4, 8, 16]),
     "longrope": ({"short_factor": [1.0, 2.0, 3.0, 4.0]}, [1, 2, 3, 4]),
+    "p-rope": ({"partial_rotary_factor": 0.5, "factor": 2.0}, [2, 2, math.inf, math.inf]),
+    "cope-clip": ({"clip_low_n": 3}, [1, 1, 2, math.inf]),  # times (1 + cos t)/2 for t = 0, pi/2, pi
+    "giraffe": ({"truncate_pos": 314}, [1, 1, 0.16 * 314 / (2 * math.pi), math.inf]),  # 0.01 is half a turn in 314
+    "abf": ({"rope_theta": 1e8}, [1, 10, 100, 1000]),
+    "resonance": ({}, [6 / (2 * math.pi), 63 / (20 * math.pi), 628 / (200 * math.pi), 6283 / (2000 * math.pi)]),
 }
 
 
@@ -72,7 +77,7 @@ def test_ntk_bases_of_llama_2(name, factor, n, base):
 @pytest.mark.parametrize("n, factor", [(1, 1), (2048, 1), (2049, 2), (4096, 2), (4097, 4), (20000, 16)])
 def test_default_factor_is_the_power_of_two_that_the_prompt_needs(n, factor):
     """As models are tuned for 1, 2, 4, ... times their length."""
-    for name in ("pi", "ntk", "ntk-mixed", "yarn"):
+    for name in ("pi", "ntk", "ntk-mixed", "yarn", "mrrope"):
         assert rotation(name, n=n) == rotation(name, n=n, factor=float(factor))
     assert rotation("dynamic-ntk", n=n) == rotation("dynamic-ntk", n=n, factor=1.0)
 
@@ -100,6 +105,23 @@ def test_dynamic_yarn_is_yarn_by_the_prompts_length():
     assert got == rotation("yarn", n=3000, factor=3000 / 2048, **betas)
     assert got[1] == pytest.approx(0.1 * math.log(3000 / 2048) + 1)
     assert rotation("dynamic-yarn", n=2048) == (pytest.approx(plain(), rel=1e-12), 1)
+
+
+def test_mrrope_divides_more_and_more_within_the_band_of_yarn():
+    """D = 8, L = 2048: the band is the pairs 1, 2, 3, which get 8^0, 8^(2/6) and 8^1 of a factor of 8."""
+    got, mscale = rotation("mrrope", D=8, factor=8.0)
+    assert got == pytest.approx([1, 0.1, 0.01 / 2, 0.001 / 8], rel=1e-12)
+    assert mscale == pytest.approx(0.1 * math.log(8) + 1)
+
+
+def test_pairs_at_rest():
+    """HardClip; the defaults of p-rope and cope-clip for 128 channels; rounding leaves them at rest."""
+    assert rotation("cope-clip", D=8, clip_low_n=3, hard=True)[0] == pytest.approx([1, 0, 0, 0])
+    for name, params, turning in (("cope-clip", {"hard": True}, 44), ("cope-clip", {}, 63), ("p-rope", {}, 16),
+                                  ("resonance", {"on": "p-rope"}, 16)):
+        got, _ = rotation(name, **params)
+        assert all(x > 0 for x in got[:turning]) and got[turning:] == [0] * (64 - turning)
+    assert rotation("p-rope", partial_rotary_factor=1.0)[0] == pytest.approx(plain(), rel=1e-12)
 
 
 @pytest.mark.parametrize("n, divisors", [(4096, [1, 2, 3, 4]), (4097, [1, 4, 16, 64])])
@@ -153,6 +175,44 @@ def test_rules_equal_what_transformers_computed(name, L, D, base, params, theta,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# other released codes
+
+PAIRS = [0, 15, 21, 33, 45, 48, 62, 63]  # of 64
+RELEASED = [  # rule, L, base, parameters, frequencies of PAIRS, mscale: what the released formulas give in float64
+    # mattian7/mrRoPE @ d1a6f31: scaled_rope/LlamaYaRNRadix.py, yarn_radix3
+    ("mrrope", 4096, 1e4, {"factor": 8.0},
+     [1, .115478198468946, .0484091095352504, .00505086265218195, .000224546126432739, .000125, 1.66690179020415e-05,
+      1.44347748086182e-05], 1.20794415416798),
+    ("mrrope", 8192, 5e5, {"factor": 4.0},
+     [1, .0461640502654605, .0127765992098418, .000388386992731722, 2.45952773559272e-05, 1.32957397423625e-05,
+      7.53464538034793e-07, 6.13785197782902e-07], 1.13862943611199),
+    # sheryc/resonance_rope @ 4a7f5a7: scaled_rope/modeling_llama_yarn.py, LlamaYaRNScaledResonanceRotaryEmbedding.py
+    ("resonance", 4096, 1e4, {},
+     [1.0471975511966, .116355283466289, .0487068628463534, .00865452521650081, .00153999639881853, .00100002949342346,
+      .000133352830341057, .000115478502245535], 1),
+    ("resonance", 4096, 1e4, {"on": "yarn", "n": 16384},  # a factor of 4
+     [1.0471975511966, .116355283466289, .047241994790824, .00541187364959482, .000429413976707189,
+      .000249997425980965, 3.3338030695656e-05, 2.88694929134657e-05], 1.13862943611199),
+    # transformers 5.24.0: modeling_rope_utils.py, _compute_proportional_rope_parameters
+    ("p-rope", 4096, 1e6, {"factor": 2.0}, [.5, .0196209487924227, 0, 0, 0, 0, 0, 0], 1),
+    # hrlics/CoPE @ ed52ba5: modeling_cope.py
+    ("cope-clip", 8192, 5e5, {},
+     [1, .0461640502654605, .0134904198902267, .00115204274026278, 9.77102143725421e-05, 4.75758931509045e-05,
+      2.0552548462129e-08, 0], 1),
+    # abacusai/Long-Context @ c2a90d1: python/models/interpolate.py, truncate 4096
+    ("giraffe", 4096, 1e4, {},
+     [1, .115478198468946, .0486967525165863, .00865964323360065, .00153992652605949, 9.58737992428526e-05, 0, 0], 1),
+]
+
+
+@pytest.mark.parametrize("name, L, base, params, frequencies, mscale", RELEASED)
+def test_rules_equal_their_released_codes(name, L, base, params, frequencies, mscale):
+    got, got_mscale = rotation(name, **{"n": L, "L": L, "base": base, **params})
+    assert [got[p] for p in PAIRS] == pytest.approx(frequencies, rel=1e-12, abs=0)
+    assert got_mscale == pytest.approx(mscale, rel=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # attention scales
 
 def scale(name, visible, n=130, L=64, D=128, **params):
@@ -168,6 +228,11 @@ def test_logn_of_twelve_tokens():
     want = [1, 1, 1, 1, 1, 1, 1.086, 1.161, 1.226, 1.285, 1.338, 1.387]
     assert scale("logn", range(1, 13), n=12, L=6) == pytest.approx(want, abs=5e-4)
     assert scale("logn", [3, 36, 216], L=6, power=2.0) == pytest.approx([1, 4, 9])
+
+
+def test_ssmax_is_logn_without_its_floor():
+    assert scale("ssmax", [1, 8, 64, 4096]) == pytest.approx([0, 0.5, 1, 2])
+    assert scale("ssmax", [1, 8], s=0.43) == pytest.approx([0, 0.43 * math.log(8)])
 
 
 @pytest.mark.parametrize("L, n, info, log, yarn", [
@@ -202,6 +267,30 @@ def test_constant_is_what_the_releases_put_on_cos_and_sin():
     assert scale("constant", [1, 130], logit_factor=1.5) == [1.5, 1.5]
 
 
+RELEASED_SCALES = [  # scale, L, indices of queries, factors: what the released formulas give in float64
+    # meta-llama/llama-models @ a9c89c4: models/llama4/model.py, attn_temperature_tuning
+    ("llama4", 8192, [0, 8190, 8191, 99999, 1048575], [1, 1, 1.06931471805599, 1.25649493574615, 1.48598124043617]),
+    # transformers 5.24.0: models/ministral3/modeling_ministral3.py, get_llama_4_attn_scale
+    ("ministral", 16384, [0, 16383, 16384, 99999, 262143],
+     [1, 1, 1.06931471805599, 1.19459101490553, 1.27725887222398]),
+]
+
+
+@pytest.mark.parametrize("name, L, i, factors", RELEASED_SCALES)
+def test_scales_equal_their_released_codes(name, L, i, factors):
+    """They go by the index of a query, not by the keys it sees."""
+    i = torch.tensor(i)
+    got = SCALES[name](i, torch.ones_like(i), 130, L, 128)
+    assert got.tolist() == pytest.approx(factors, rel=1e-12) and got.dtype == torch.float64
+
+
+@pytest.mark.parametrize("n, factor", [(1000, 1), (262144, 1), (1010000, 1.28795525611565)])
+def test_qwen_1m_as_released(n, factor):
+    """vLLM has the root, 0.1 ln(n/L) + 1, on the keys (vllm-project/vllm @ 006e0ac: dual_chunk_flash_attn.py, forward)
+    and again on the logits (there, _dual_chunk_flash_attn_prefill_func)."""
+    assert scale("qwen-1m", [1, n], n=n, L=262144) == pytest.approx([factor] * 2, rel=1e-12)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # errors name what is wrong
 
@@ -213,6 +302,9 @@ def test_constant_is_what_the_releases_put_on_cos_and_sin():
     ("longrope", {"short_factor": [1.0, 1.0, 0, 1.0]}, "a factor of longrope"),
     ("longrope", {"short_factor": [1.0] * 4, "attention_factor": 0}, "attention_factor"),
     ("longrope", {"short_factor": [1.0] * 4, "factor": 0}, "factor"),
+    ("mrrope", {"beta_fast": 1, "beta_slow": 2}, "beta_slow 2 must not be above beta_fast 1"),
+    ("p-rope", {"partial_rotary_factor": 1.5}, "partial_rotary_factor must not be above 1"),
+    ("resonance", {"on": "nope"}, "on=nope turns nothing"),
     ("ntk", {"D": 2}, "at least 4, not 2"), ("dynamic-ntk", {"D": 2}, "at least 4, not 2"),
 ], ids=str)
 def test_rules_refuse_nonsense(name, params, wrong):

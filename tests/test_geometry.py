@@ -106,6 +106,24 @@ TWELVE = {  # name: (method, L, parameters, the last rows of the matrix)
         4   4   .   .   .   .   3   2   1   0
         4   4   .   .   .   .   .   3   2   1   0
         4   4   .   .   .   .   .   .   3   2   1   0"""),  # local L
+    "chunked": ("chunked", 6, {"chunk": 4}, """
+        .   .   .   .   0
+        .   .   .   .   1   0
+        .   .   .   .   2   1   0
+        .   .   .   .   3   2   1   0
+        .   .   .   .   .   .   .   .   0
+        .   .   .   .   .   .   .   .   1   0
+        .   .   .   .   .   .   .   .   2   1   0
+        .   .   .   .   .   .   .   .   3   2   1   0"""),
+    "sliding": ("sliding", 6, {"window": 4}, """
+        .   3   2   1   0
+        .   .   3   2   1   0
+        .   .   .   3   2   1   0
+        .   .   .   .   3   2   1   0
+        .   .   .   .   .   3   2   1   0
+        .   .   .   .   .   .   3   2   1   0
+        .   .   .   .   .   .   .   3   2   1   0
+        .   .   .   .   .   .   .   .   3   2   1   0"""),
     "lampe": ("lampe", 16, {"mapping": 6, "head": 3, "tail": 2}, """
         2   2   1   0
         3   3   2   1   0
@@ -208,6 +226,18 @@ def lm_infinite(n, L, local=None, sinks=10, cap=None):
     return lambda i, j: min(i - j, cap) if i - j < local or j < sinks else NONE
 
 
+def chunked(n, L, chunk=None):
+    """Llama 4's local layers (meta-llama/llama-models @ a9c89c4: create_chunked_attention_mask): i // C = j // C."""
+    C = chunk or L
+    return lambda i, j: i - j if i // C == j // C else NONE
+
+
+def sliding(n, L, window=None):
+    """Mistral (arXiv 2310.06825): D < W is seen, at D."""
+    W = window or L
+    return lambda i, j: i - j if i - j < W else NONE
+
+
 def lampe_constants(n, L):
     """Mapping length, head and tail: llama3's, made for 8192 tokens, in proportion to L, with 3/4 L for its maximum."""
     a, b = 1.0493097327094324e-04 * 8192 / L, -2.466638011138158
@@ -298,7 +328,8 @@ def mesa(n, L, first=None, last=None, width=None, chunk=None, linear=None, overl
 
 
 FORMULAS = {"rerope": rerope, "leaky-rerope": leaky_rerope, "self-extend": self_extend, "dca": dca, "string": string,
-            "streaming-llm": streaming_llm, "lm-infinite": lm_infinite, "lampe": lampe, "stair": stair, "mesa": mesa}
+            "streaming-llm": streaming_llm, "lm-infinite": lm_infinite, "chunked": chunked, "sliding": sliding,
+            "lampe": lampe, "stair": stair, "mesa": mesa}
 SETTINGS = [
     *((method, {}) for method in FORMULAS),
     ("rerope", {"window": 5}),
@@ -309,6 +340,7 @@ SETTINGS = [
     ("string", {"shift": 9, "window": 4}),
     ("streaming-llm", {"sinks": 2, "recent": 9}), ("streaming-llm", {"sinks": 1, "recent": 1}),
     ("lm-infinite", {"local": 9, "sinks": 3, "cap": 9}), ("lm-infinite", {"local": 9, "sinks": 1, "cap": 8}),
+    ("chunked", {"chunk": 7}), ("chunked", {"chunk": 1}), ("sliding", {"window": 9}), ("sliding", {"window": 1}),
     ("lampe", {"mapping": 20, "head": 5, "tail": 3}), ("lampe", {"mapping": 600, "head": 16, "tail": 17}),
     ("stair", {"linear": 11, "width": 3}), ("stair", {"linear": 11}),
     ("mesa", {"first": 3, "chunk": 11, "width": 4, "last": 6}), ("mesa", {"chunk": 13, "first": 4, "linear": 20}),
@@ -334,6 +366,21 @@ def test_distances_are_the_formula(method, params):
         assert same(distance(plan), expected(FORMULAS[method](n, L, **params), i, range(total)), tolerance), (n, L)
 
 
+def test_dca_as_qwen_runs_it():
+    """Qwen2.5-1M in vLLM, chunk_size 16 and local_size 4: our chunk is their difference c, our top is chunk_size.
+
+    Keys at j mod c, queries at i mod c in their chunk, at min(i mod c + c, chunk_size) for the one before, and at
+    min(2c - 1, chunk_size) for older ones (vllm-project/vllm @ 07b1349: dual_chunk_rope.py).
+    """
+    size, c = 16, 12
+
+    def pair(i, j):
+        chunks_ago = min(i // c - j // c, 2)
+        return (i % c, min(i % c + c, size), min(2 * c - 1, size))[chunks_ago] - j % c
+    plan = plan_of("dca", 61, 32, chunk=c, top=size, attn_scale="qwen-1m")
+    assert same(distance(plan), expected(pair, range(61), range(61)))
+
+
 def test_stair():
     """Slots from a boundary of 9 on, in steps of 2 before it; exact distances for the last query alone.
 
@@ -347,8 +394,8 @@ def test_stair():
 
 
 @pytest.mark.parametrize("method", ["rerope", "leaky-rerope", "self-extend", "dca", "streaming-llm", "lm-infinite",
-                                    "lampe", "stair", "mesa", "pi", "ntk", "ntk-mixed", "yarn", "dynamic-ntk",
-                                    "dynamic-yarn"])
+                                    "chunked", "sliding", "lampe", "stair", "mesa", "pi", "ntk", "ntk-mixed", "yarn",
+                                    "mrrope", "dynamic-ntk", "dynamic-yarn"])
 def test_defaults_stay_below_the_training_length(method):
     """Every distance of a prompt of 8 L, as the slowest channel pair turns."""
     for L in (64, 100):

@@ -14,7 +14,8 @@ from oracle import oracle
 from cache import KVCache
 from frequencies import FREQUENCIES
 from geometry import METHODS
-from model import Config, Llama, by_rows, load, load_model
+from config import Config
+from model import Llama, by_rows, load, load_model
 from plan import Plan, Region
 
 GOLDEN = json.loads(GOLDEN.read_text(encoding="utf-8"))

@@ -243,6 +243,10 @@ def test_wrong_sizes_are_named(name, values):
     "lampe": "mapping=0 head=0 tail=-2 fit=gpt2 fit=[1] logit_factor=0", "infoscale": "clamp=0",
     "logn": "power=0", "cosscale": "cosine=true",
     "mesa": "first=0 chunk=-1 chunk=8 last=0 linear=0 width=1.5 reserve=-1 margin=-1 remainder=x overlap=-1 overlap=6",
+    "mrrope": "factor=0 beta_fast=-1 beta_slow=0", "p-rope": "partial_rotary_factor=0 partial_rotary_factor=2 factor=0",
+    "cope-clip": "clip_low_n=0 clip_low_n=2.5 hard=1", "giraffe": "truncate_pos=0", "abf": "rope_theta=0",
+    "resonance": "on=3 on=ropey", "ssmax": "s=0", "llama4": "floor_scale=0 beta=big", "chunked": "chunk=0",
+    "ministral": "beta=0 original_max_position_embeddings=2.5", "sliding": "window=0 window=2.5",
     "yarn": "freq=pi factor=true factor=big factor=0 beta_fast=-1 beta_slow=0 attention_factor=-1.0 "
             "original_max_position_embeddings=10.5",
     "dynamic-yarn": "factor=2 beta_fast=0", "pi": "factor=0", "ntk": "factor=0", "dynamic-ntk": "factor=0",
@@ -252,7 +256,7 @@ def test_wrong_settings_are_named(method, settings):
     """12 tokens at L = 8 with one thing wrong: a ValueError that contains its name as a word."""
     for setting in settings.split():
         name, value = setting.split("=")
-        wrong = value if name in ("freq", "attn-scale", "fit") else name
+        wrong = value if name in ("freq", "attn-scale", "fit", "on") else name
         with pytest.raises(ValueError, match=rf"\b{wrong}\b"):
             plan_of(f"{method}:{setting}", 12, 8)
 
@@ -261,6 +265,8 @@ ERRORS = {
     "meza": "did you mean mesa.*leaky-rerope",
     "mesa:widht=2": "did you mean width.*overlap",
     "lampe:fit=lama2": "did you mean llama2.*mistral",
+    "resonance:on=yran": "did you mean yarn.*mrrope",
+    "resonance:on=alibi": "on=alibi turns nothing",
     "yarn:freq=pi": "yarn and pi both set the frequencies",
     "mesa:first=4:chunk=5": r"first 4 \+ overlap 0 \+ chunk 5 is over 8",
     "mesa:freq=longrope": "short_factor and long_factor",

@@ -12,7 +12,8 @@ from cli import run_command
 from frequencies import FREQUENCIES, rope
 from generate import decode, prefill, sample
 from geometry import METHODS, full
-from model import Config, Llama
+from config import Config
+from model import Llama
 from plan import distance
 from positions import Method, make_plan
 

@@ -9,7 +9,8 @@ from test_attention import check, inputs, plan_for
 
 import single_row
 from attention import attend
-from model import Config, Llama
+from config import Config
+from model import Llama
 from single_row import ATTENTIONS, PRODUCTS, Ways, attention_sums, fastest, fastest_ways, row_sums
 
 SHAPE = (2, 4, 2, 16)  # B, H, Hkv, D

@@ -11,7 +11,8 @@ import torch
 import train
 from checkpoint import UNFINISHED
 from cli import run_command
-from model import Config, load
+from config import Config
+from model import load
 from tasks import NEEDLE
 from tokenizer import load_tokenizer
 

@@ -1,0 +1,71 @@
+"""The configuration of a LLaMA: the sizes of its network, and the positions that it was trained with.
+
+Does not: read config.json itself (checkpoint.py), or build a network (model.py).
+
+    config = Config.from_hf("llama-7b")
+    plan = config.plan("mesa", n=4096)
+"""
+from dataclasses import dataclass, field
+
+from checkpoint import config_fields
+from frequencies import positive, whole
+from positions import Method
+
+
+@dataclass
+class Config:
+    """The fields of config.json that shape a LLaMA, under their Hugging Face names, and what its positions are."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: tuple[int, ...] = (2,)
+    dtype: str = "float32"                           # as stored
+    train_len: int = 2048                            # L: original_max_position_embeddings, else max_position_embeddings
+    freq: str = "rope"                               # the frequencies it was trained with, a row of FREQUENCIES
+    freq_params: dict = field(default_factory=dict)  # and their parameters
+    rotary_dim: int | None = None                    # how many channels of a head turn; None: all
+    interleaved: bool = False                        # pairs of channels (2p, 2p + 1), not (p, p + rotary_dim/2)
+    cosine_attention: float | None = None            # our key: logits are this times the cosine of q and k (CosScale)
+
+    @staticmethod
+    def from_hf(path, train_len=None):
+        """The Config of a checkpoint folder; train_len overrides L. ValueError names what is missing or unsupported."""
+        fields = config_fields(path, train_len)
+        try:
+            return Config(**fields)
+        except ValueError as error:
+            raise ValueError(f"{path}/config.json: {error}") from None
+
+    def __post_init__(self):
+        """ValueError for sizes that no model can have."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings", "train_len"):
+            whole(name, getattr(self, name))
+        for name in ("rms_norm_eps", "rope_theta"):
+            positive(name, getattr(self, name))
+        special = self.eos_token_id if self.bos_token_id is None else (self.bos_token_id, *self.eos_token_id)
+        for token in special:
+            if whole("a token id", token, least=0) >= self.vocab_size:
+                raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
+                             f"{self.num_attention_heads}")
+
+    def plan(self, method=None, *, n, i=None, j=None, freq=None, attn_scale=None, **params):
+        """The Plan of a method for this model; queries i and keys j default to a whole prompt of n tokens.
+
+        method: a name, a text like "mesa:first=16", or a Method; None is what config.json says. The keywords are
+        settings of the method. See positions.Method and positions.make_plan.
+        """
+        return Method.of(method, freq, attn_scale, **params).plan(self, n, i, j)
