@@ -284,7 +284,7 @@ STEPS = [  # method, its parameters, and how many tokens the cache is first cut 
     ("mesa", {}, 42), ("mesa", {}, 43), ("rerope", {}, 44), ("mesa", {}, 45), ("yarn", {"factor": 2}, 46),
     ("mesa", {"cosine": 4.0}, 47), ("rerope", {"cosine": 4.0}, 48), ("nope", {"cosine": 4.0}, 49), ("mesa", {}, 43),
     ("mesa", {}, 44), ("mesa", {}, 45), ("mesa", {}, 46), ("self-extend", {}, 45), ("rerope", {}, 46),
-    ("alibi", {}, 47), ("mesa", {"cosine": 4.0}, 48)]
+    ("alibi", {}, 47), ("mesa", {"cosine": 4.0}, 48), ("rerope", {}, 46), ("rerope", {}, 46)]
 
 
 @torch.inference_mode()

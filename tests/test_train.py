@@ -13,7 +13,8 @@ from checkpoint import UNFINISHED
 from cli import run_command
 from config import Config
 from model import load
-from tasks import NEEDLE
+from ruler_tasks import RulerPrompt, is_held_out
+from tasks import FILLER, NEEDLE
 from tokenizer import load_tokenizer
 
 TINY = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny"
@@ -94,6 +95,35 @@ def test_the_same_numbers_are_drawn_as_ever(step, shape, ids_sum, weights_sum):
     assert tuple(ids.shape) == shape
     assert zlib.crc32(str(ids.tolist()).encode()) == ids_sum
     assert zlib.crc32(str(tenths.tolist()).encode()) == weights_sum
+
+
+def test_ruler_rows_are_drawn_from_what_the_evaluation_leaves(corpus):
+    """Every kind of the mix comes up, each row ends in its answer and filler that does not count, and no name, value or
+    help topic is one of the evaluation's."""
+    args = train.parse_args(["--out", "x", "--mix", "ruler"])
+    config = Config.from_hf(TINY)
+    corpus = train.make_corpus(args, load_tokenizer(TINY, config.bos_token_id), TEXTS, config)
+    assert corpus.material.test is False
+    seen = set()
+    for step in (2000, 2001):
+        ids, weights = train.batch(step, args, corpus, config)
+        assert ids.shape == (len(weights), weights.shape[1] + 1)
+        for kind, row, weight in zip(train.kinds(args, step, len(ids)), ids, weights):
+            seen.add(kind)
+            text = corpus.tokenizer.decode(row.tolist())
+            answer = corpus.tokenizer.decode(row[1:][weight == 8.0].tolist())
+            if kind in train.RULER and answer:
+                found = re.findall(r"[a-z]+-[a-z]+(?= is)|[A-Z]{3}|\d{5}", answer)
+                assert answer in text and FILLER[:9] not in answer and not any(map(is_held_out, found))
+    assert seen == set(train.MIXES["ruler"])
+
+
+def test_an_answer_that_may_be_in_any_order_is_in_that_of_the_text():
+    prompt = RulerPrompt([], "first 222, then 111, and 333", ["111", "222", "333"], "111, 222, and 333.", "")
+    prompt.task = "niah_multivalue"
+    assert train.in_order(prompt) == "222, 111, and 333."
+    prompt.task = "niah_multiquery"  # in the order of the question
+    assert train.in_order(prompt) == prompt.answer
 
 
 @pytest.mark.parametrize("task, question, value", [
