@@ -28,8 +28,8 @@ def attend(q, k, v, plan, impl="auto", rotated=None, row=None):
 
     impl: "dense", "tiled", "triton", or "auto": PyTorch's fused attention where the plan is plainly causal, else triton
     on CUDA and tiled elsewhere, or dense where a gradient is wanted.
-    Of use to one query alone: rotated, for each of plan.key_positions the keys (B, Hkv, Tk, D) rotated to it, where the
-    caller keeps them; and row, one of single_row.ATTENTIONS.
+    One query alone goes by attend_row, with auto and tiled alike. It takes rotated, for each of plan.key_positions the
+    keys (B, Hkv, Tk, D) rotated to it, where the caller keeps them, and row, a function of single_row.ATTENTIONS.
     Raises ValueError where the shapes do not fit together, or Triton is asked for and cannot run.
     """
     check_shapes(q, k, v, plan)
@@ -62,12 +62,12 @@ def choose(impl, q, k, v, plan):
     if impl in ("dense", "triton"):
         return impl
     if impl == "auto" and wants_gradient:
-        return "fused" if is_causal(plan) else "dense"
-    if impl == "auto" and q.is_cuda and not triton_missing(q) and not is_causal(plan):
+        return "fused" if is_plainly_causal(plan) else "dense"
+    if impl == "auto" and q.is_cuda and not triton_missing(q) and not is_plainly_causal(plan):
         return "triton"
     if q.shape[2] == 1:
         return "row"
-    return "fused" if impl == "auto" and is_causal(plan) else "tiled"
+    return "fused" if impl == "auto" and is_plainly_causal(plan) else "tiled"
 
 
 def triton_missing(q):
@@ -154,8 +154,8 @@ def attend_dense(q, k, v, plan, return_weights=False):
 # ---------------------------------------------------------------------------------------------------------------------
 # fused: a plan that is plain causal attention
 
-def is_causal(plan):
-    """Whether PyTorch's own causal attention computes this plan: one region, all keys up to the query, no ALiBi."""
+def is_plainly_causal(plan):
+    """Whether PyTorch's own causal attention computes this plan: as many queries as keys, one region, no ALiBi."""
     if len(plan.regions) > 1 or plan.slopes is not None or plan.Tq != plan.Tk:
         return False
     region = plan.regions[0]
@@ -163,7 +163,7 @@ def is_causal(plan):
 
 
 def attend_fused(q, k, v, plan, out=None):
-    """scaled_dot_product_attention for a plan that is_causal; out as in attend_tiled."""
+    """scaled_dot_product_attention for a plan that is_plainly_causal; out as in attend_tiled."""
     queries = rotate_queries(q, plan, 0)
     keys = rotate_keys(k, plan, 0)
     result = F.scaled_dot_product_attention(queries, keys, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
@@ -176,12 +176,14 @@ def attend_fused(q, k, v, plan, out=None):
 def attend_row(q, k, v, plan, rotated=None, row=None):
     """One query, q (B, H, 1, D): attention to the keys of each region, merged by their log-sum-exp. See attend."""
     Hkv = k.shape[1]
-    row = row or (flash_attention if has_flash(q) else matmul_attention)
+    if not has_flash(q):
+        row = matmul_attention
+    row = row or flash_attention
     outs = []
     lses = []
     for number, region in enumerate(plan.regions):
         first, end = int(region.start[0]), int(region.end[0])
-        if first == end:
+        if end <= first:
             continue
         # 1. the keys that are seen, rotated; the query heads that share a key head are rows that meet it together
         key_set = plan.key_set[number]
@@ -200,7 +202,7 @@ def attend_row(q, k, v, plan, rotated=None, row=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# tiled: what runs on a CPU
+# tiled: what runs on a CPU, and wherever there is no Triton
 
 def attend_tiled(q, k, v, plan, block_q=256, block_k=1024, out=None):
     """Region by region, piece by piece, merged by their log-sum-exp: O(Tq + Tk) memory, never T x T.

@@ -213,6 +213,7 @@ class Report:
 
     def __init__(self, args, words):
         self.path = args.results
+        open(self.path, "a").close()  # an OSError, before anything long, where it cannot be written
         self.load = load_average()  # when work on the next table began
         self.machine = machine(args.device)
         self.command = "python bench.py " + " ".join(words)
@@ -566,7 +567,7 @@ def llama_cpp_engines(args, folder, ours):
     return engines
 
 
-def times(measured, other, name):
+def speedup(measured, other, name):
     """How many times as fast as another a candidate is; nan where the other has not been timed."""
     return measured[other].median / measured[name].median if other in measured else math.nan
 
@@ -593,19 +594,20 @@ def prefilling(args, report, engines, ids):
     rows = []
     for name, mine in measured.items():
         rows.append({"prefill": name, "tokens": n, "seconds": mine.median, "tokens/s": n / mine.median,
-                     "x transformers sdpa": times(measured, TRANSFORMERS, name),
-                     "x llama.cpp bf16": times(measured, LLAMA_CPP, name),
+                     "x transformers sdpa": speedup(measured, TRANSFORMERS, name),
+                     "x llama.cpp bf16": speedup(measured, LLAMA_CPP, name),
                      "floor s": prefill_work(engines.ours, n, pairs[name]) / flops, "peak MiB": mine.peak / 2 ** 20})
     report.add("prefill", f"prefill of {n} tokens, {args.shape}, bfloat16", rows)
 
 
 def prefill_work(model, n, pairs):
-    """Floating-point operations of a forward pass over n tokens: all matrix products, and the pairs of each layer."""
-    weights = 0
-    for name, weight in model.named_parameters():
-        if weight.ndim > 1 and "embed" not in name:
-            weights += weight.numel()
-    return 2 * weights * n + 4 * pairs * model.config.num_hidden_layers * model.config.hidden_size
+    """Floating-point operations of reading n tokens: the matrix products and the pairs of all layers, but of the last
+    one the products of keys and values alone, as only one token goes on."""
+    c = model.config
+    layer = sum(weight.numel() for weight in model.model.layers[0].parameters() if weight.ndim > 1)
+    last = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
+    layers = c.num_hidden_layers - 1
+    return 2 * (layers * layer + last) * n + 4 * pairs * layers * c.num_attention_heads * c.head_dim
 
 
 def decoding(args, report, engines, ids, tokens=8):
@@ -626,8 +628,8 @@ def decoding(args, report, engines, ids, tokens=8):
     for name, mine in measured.items():
         seconds = mine.median / tokens
         rows.append({"decode": name, "context": n, "ms/token": seconds * 1e3, "tokens/s": 1 / seconds,
-                     "x transformers sdpa": times(measured, TRANSFORMERS, name),
-                     "x llama.cpp bf16": times(measured, LLAMA_CPP, name),
+                     "x transformers sdpa": speedup(measured, TRANSFORMERS, name),
+                     "x llama.cpp bf16": speedup(measured, LLAMA_CPP, name),
                      "floor ms (weights and cache at copy speed)": floor * 1e3})
     report.add("decode model", f"decoding after {n} tokens, {args.shape}, bfloat16, {engines.ours.ways}", rows)
 

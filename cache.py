@@ -1,15 +1,22 @@
 """The cache of a LLaMA: un-rotated keys and values of every layer, and the rotated copies that decoding wants.
 
-Does not: choose positions (positions.py) or rotate by itself (rotation.py).
+Does: hold them, forget the last ones, write them to a file and read them back. Does not: choose positions
+(positions.py) or rotate by itself (rotation.py).
 
     cache = KVCache(config)
     k, v = cache.append(layer, k, v)            # all keys and values of the layer, (B, Hkv, Tk, D)
 
 Letters: B batch, Hkv key heads, T tokens, Tk all tokens, D head width.
 """
+import hashlib
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
+import safetensors
 import torch
+from safetensors.torch import save_file
 
 from plan import same
 from rotation import is_unrotated, rotate_keys
@@ -107,3 +114,60 @@ def with_room(x, room):
         grown = torch.empty(*x.shape[:2], room, x.shape[3], dtype=x.dtype, device=x.device)
     grown[:, :, :x.shape[2]] = x
     return grown
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+def save_cache(file, cache, ids, settings, note=""):
+    """Write a cache and the token ids that it holds, a list, to a safetensors file.
+
+    settings: {name: text} of all that must be the same where the cache is used again. note: any text to keep with it.
+    """
+    tensors = {"ids": torch.tensor(ids)}
+    for layer in range(len(cache.length)):
+        tensors[f"k.{layer}"] = cache.k[layer][:, :, :len(ids)].contiguous()  # (B, Hkv, T, D)
+        tensors[f"v.{layer}"] = cache.v[layer][:, :, :len(ids)].contiguous()
+    metadata = {"format": "beyond cache", "settings": json.dumps(settings), "ids": ids_hash(ids), "note": note}
+    partial = f"{file}.partial"
+    save_file(tensors, partial, metadata)
+    os.replace(partial, file)
+
+
+def load_cache(file, config, settings, device="cpu"):
+    """(KVCache, token ids, note) of a file that save_cache has written with the same settings, for a model of config.
+
+    Raises FileNotFoundError or ValueError that names the file: no cache, a damaged one, or one of other settings.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        with safetensors.safe_open(file, framework="pt", device=str(device)) as saved:
+            metadata = saved.metadata() or {}
+            check_settings(file, metadata, settings)
+            ids = saved.get_tensor("ids").tolist()
+            cache = KVCache(config, len(ids) + 1024)
+            shape = (1, config.num_key_value_heads, len(ids), config.head_dim)
+            for layer in range(config.num_hidden_layers):
+                k, v = saved.get_tensor(f"k.{layer}"), saved.get_tensor(f"v.{layer}")
+                if k.shape != shape or v.shape != shape or ids_hash(ids) != metadata["ids"]:
+                    raise ValueError(f"{file}: a damaged cache")
+                cache.append(layer, k, v)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+    return cache, ids, metadata["note"]
+
+
+def check_settings(file, metadata, settings):
+    """ValueError unless a file's metadata are of a cache with these settings."""
+    if metadata.get("format") != "beyond cache":
+        raise ValueError(f"{file}: not a saved cache")
+    saved = json.loads(metadata["settings"])
+    for name, value in settings.items():
+        if saved.get(name) != value:
+            raise ValueError(f"{file}: saved with {name} {saved.get(name)}, but this run has {name} {value}")
+
+
+def ids_hash(ids):
+    """A hash of a list of token ids."""
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()

@@ -21,6 +21,8 @@ ROPE_TYPES = {"default": "rope", "linear": "pi", "dynamic": "dynamic-ntk", "yarn
 ENCODINGS = ("rope", *UNROTATED)     # values of our key position_encoding
 UNFINISHED = "training-state.pt"     # in a folder that train.py has not finished; it writes and deletes it
 FLOAT_TYPES = ("F64", "F32", "BF16", "F16")
+INTEGER_TYPES = {"int8": ("I8",), "int4": ("U8",)}          # of the tensors of these names in quantize.py's folders
+QUANTIZATIONS = {8: {"bits": 8}, 4: {"bits": 4, "group": 32}}  # values of our key quantization, which it writes
 
 
 def find_checkpoint(name):
@@ -89,6 +91,7 @@ def fields_of(raw, train_len=None):
     fields["bos_token_id"] = raw.get("bos_token_id", 1)
     fields["eos_token_id"] = eos_tokens(raw.get("eos_token_id", 2))
     fields["dtype"] = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    fields["bits"] = stored_bits(raw)
     fields |= position_fields(raw)
     fields["train_len"] = train_len or fields["train_len"]
     return fields
@@ -99,6 +102,17 @@ def eos_tokens(value):
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)
+
+
+def stored_bits(raw):
+    """The bits of weights that quantize.py has written, None for plain weights."""
+    found = raw.get("quantization")
+    if found is None:
+        return None
+    for bits, known in QUANTIZATIONS.items():
+        if found == known:
+            return bits
+    raise ValueError(f"unknown quantization {found!r}; known are {', '.join(map(str, QUANTIZATIONS.values()))}")
 
 
 def position_fields(raw):
@@ -137,8 +151,14 @@ def position_fields(raw):
 # weights
 
 def read_weights(path, shapes, dtype=None, device="cpu"):
-    """{name: tensor} for the {name: shape} wanted of a folder; dtype None keeps the stored type.
+    """{name: tensor} for the {name: shape} wanted of a folder; see read_tensors."""
+    return dict(read_tensors(path, shapes, dtype, device))
 
+
+def read_tensors(path, shapes, dtype=None, device="cpu", changes=None):
+    """Yield (name, tensor) for the {name: shape} wanted of a folder; dtype None keeps the stored type.
+
+    changes: {name: f}; of such a tensor, as it is stored, the items of the dict f(tensor) come instead.
     Where neither type nor device changes, weights that would fill more than a quarter of the free memory stay
     memory-mapped files; smaller ones are copied, as decoding reads memory of its own faster.
     Raises ValueError or FileNotFoundError, naming file and tensor, for what is missing, extra, misshapen or of a type
@@ -146,14 +166,17 @@ def read_weights(path, shapes, dtype=None, device="cpu"):
     """
     files = weight_files(Path(path))
     copied = weight_bytes(path) < available_memory() / 4
-    state = {}
+    found = set()
     for file in sorted(files, key=file_size, reverse=True):  # what is mapped while it is copied gets smaller
         for name in checked_names(file, files[file], shapes):
-            state[name] = read_tensor(file, name, dtype, device, copied)
-    missing = sorted(shapes.keys() - state.keys())
+            found.add(name)
+            if changes and name in changes:
+                yield from changes[name](read_tensor(file, name, None, device, False)).items()
+            else:
+                yield name, read_tensor(file, name, dtype, device, copied)
+    missing = sorted(shapes.keys() - found)
     if missing:
         raise ValueError(f"{path}: the checkpoint lacks {len(missing)} tensors, among them {missing[0]}")
-    return state
 
 
 def weight_files(path):
@@ -217,13 +240,14 @@ def checked_names(file, names, shapes):
 
 
 def check_tensor(file, name, shape, dtype, shapes):
-    """ValueError unless this tensor is wanted, of the shape that is wanted, and of floats."""
+    """ValueError unless this tensor is wanted, of the shape that is wanted, and of floats, or of the
+    integers that its name says."""
     if name not in shapes:
         raise ValueError(f"{file}: unexpected tensor {name} {shape}")
     if shape != shapes[name]:
         raise ValueError(f"{file}: {name} has shape {shape}, config.json implies {shapes[name]}")
-    if dtype not in FLOAT_TYPES:
-        raise ValueError(f"{file}: {name} is not of a float type, and quantised weights are not supported")
+    if dtype not in INTEGER_TYPES.get(name.split(".")[-1], FLOAT_TYPES):
+        raise ValueError(f"{file}: {name} is of type {dtype}; quantised weights are read as quantize.py writes them")
 
 
 def read_tensor(file, name, dtype, device, copied):
@@ -231,5 +255,5 @@ def read_tensor(file, name, dtype, device, copied):
     than is in use."""
     with safetensors.safe_open(file, framework="pt", device="cpu") as f:
         mapped = f.get_tensor(name)
-    tensor = mapped.to(device=device, dtype=dtype)
+    tensor = mapped.to(device=device, dtype=dtype if mapped.is_floating_point() else None)
     return tensor.clone() if copied and tensor is mapped else tensor

@@ -1,6 +1,6 @@
 """What the scripts share: flags, opening a checkpoint, errors in one line, tables, and a results file that can resume.
 
-Does not: run a model. Nothing here knows what a script measures.
+Does not: decide what a script measures.
 
     parser, flag = new_parser(__doc__)
     path, config, tokenizer = open_checkpoint(parser.parse_args())
@@ -18,13 +18,16 @@ from pathlib import Path
 import torch
 
 from attention import IMPLEMENTATIONS
+from cache import KVCache, load_cache, save_cache
 from checkpoint import find_checkpoint, refuse_unfinished
 from config import Config
 from geometry import METHODS
 from model import DTYPES
 from positions import Method
+from quantize import BITS, bits_asked
 from single_row import has_compiler
-from tokenizer import load_tokenizer
+from tasks import passkey_prompt
+from tokenizer import load_tokenizer, until_stop
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,6 +60,8 @@ def settings_line(settings):
     for name, value in settings.items():
         if isinstance(value, list):
             value = ",".join(str(item) for item in value)
+        if value is None:
+            value = "none"
         parts.append(f"{name}={value}")
     return " ".join(parts)
 
@@ -64,14 +69,17 @@ def settings_line(settings):
 # ---------------------------------------------------------------------------------------------------------------------
 # flags
 
-def new_parser(doc):
-    """(parser, flag) of a script that runs a checkpoint: plain_parser with the flags about the model in it."""
+def new_parser(doc, quantize=False):
+    """(parser, flag) of a script that runs a checkpoint: plain_parser with the flags about the model in it; --quantize
+    where the script takes it, as its results then have to say so."""
     parser, flag = plain_parser(doc)
     flag("ckpt", default="tiny", help="a folder, or a name in this one or in checkpoints/")
     flag("dtype", choices=["auto", *DTYPES], default="auto")
     flag("device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     flag("impl", choices=IMPLEMENTATIONS, default="auto", help="how attention is computed")
     flag("train-len", type=number(int, 1), help="override the training length L of config.json")
+    if quantize:
+        flag("quantize", choices=BITS, help="weights of 8 or 4 bits, see quantize.py; default: as stored")
     return parser, flag
 
 
@@ -102,6 +110,31 @@ def number(kind, least, most=float("inf")):
         return value
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
+
+
+def prompt_flags(flag):
+    """Add the flags that say what is continued, and until when."""
+    flag("prompt", help="text to continue; default: a passkey prompt of 8 times the window")
+    flag("prompt-file", metavar="PATH", help="read the prompt from a UTF-8 file, - for stdin")
+    flag("prompt-ids", type=token_ids, metavar="IDS", help="the prompt as token ids, 1,2,3; nothing is added")
+    flag("chat", action="store_true", help="turns on stdin and stdout, by the checkpoint's chat template")
+    flag("system", metavar="TEXT", help="the system message of a chat")
+    flag("stop", action="append", default=[], type=some_text, metavar="TEXT",
+         help="end an answer where this text appears; repeatable")
+    flag("save-cache", metavar="FILE", help="keep the cache of the prompt, or of the chat, in a safetensors file")
+    flag("load-cache", metavar="FILE", help="go on after the prompt, or the chat, of a saved cache")
+
+
+def token_ids(text):
+    """An argparse type: "1,2,3" -> [1, 2, 3]."""
+    return [int(part) for part in text.split(",")]
+
+
+def some_text(text):
+    """An argparse type: a text that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("the text is empty")
+    return text
 
 
 def counts(text):
@@ -164,6 +197,7 @@ def open_checkpoint(args):
 def place(args, config):
     """(device, torch dtype) of --device and --dtype, with malloc set for running a model there."""
     keep_freed_memory()
+    bits_asked(config, getattr(args, "quantize", None))  # a wrong one shows here, before anything long
     device = pick_device(args.device)
     return device, pick_dtype(args.dtype, config.dtype, device)
 
@@ -187,6 +221,62 @@ def pick_dtype(name, stored, device):
     if name not in DTYPES:
         raise ValueError(f"weights of type {name} are not supported; there are {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def read_prompt(args):
+    """The prompt's text, or None where none is given."""
+    given = [name for name in ("prompt", "prompt_file", "prompt_ids") if getattr(args, name) is not None]
+    if len(given) > 1:
+        flags = [f"--{name.replace('_', '-')}" for name in given]
+        raise ValueError(f"give {' or '.join(flags)}, not both")
+    if args.chat and (args.prompt_ids or args.explain):
+        raise ValueError("--prompt-ids and --explain are for one prompt, not for --chat")
+    if args.system is not None and not args.chat:
+        raise ValueError("--system is for --chat")
+    text = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
+    if text is not None and not text.strip():
+        raise ValueError("the prompt is empty")
+    return text
+
+
+def prompt_ids(args, text, tokenizer, L, before=()):
+    """Token ids of the prompt of this text, or of a passkey prompt of 8 times the window L; before: ids in front."""
+    if args.prompt_ids is not None:
+        return [*before, *args.prompt_ids]
+    if text is not None:
+        return [*before, *tokenizer.encode_more(text)] if before else tokenizer.encode(text)
+    if before:
+        raise ValueError("--load-cache needs a prompt that goes on after it")
+    say(f"no prompt given: a passkey prompt of {8 * L} tokens, 8 times the window; the key is 71432")
+    return passkey_prompt(tokenizer, 8 * L).ids
+
+
+def cache_settings(args, path, config, method, dtype):
+    """What a saved cache and the run that loads it must have in common, as {name: text}."""
+    params = dict(sorted(method.params.items()))
+    method = Method(method.name or config.freq, method.freq, method.attn_scale, params)
+    return {"checkpoint": fingerprint(path), "method": str(method), "train-len": str(config.train_len),
+            "dtype": type_name(dtype), "quantize": str(getattr(args, "quantize", None))}
+
+
+def open_cache(file, config, settings, device):
+    """(KVCache, the token ids in it, note) of a saved cache, see cache.load_cache; empty where file is None."""
+    if file is None:
+        return KVCache(config), [], ""
+    cache, ids, note = load_cache(file, config, settings, device)
+    say(f"{file}: {len(ids)} tokens")
+    return cache, ids, note
+
+
+def keep_cache(file, cache, ids, settings, note):
+    """Save what a cache holds of ids, unless file is None; not, and say so, where Ctrl-C came before it held all."""
+    if file is None:
+        return
+    if not 0 < len(ids) <= len(cache):
+        say(f"{file}: not saved, as the prompt was not read to its end")
+        return
+    save_cache(file, cache, ids, settings, note)
+    say(f"{file}: {len(ids)} tokens saved")
 
 
 def type_name(dtype):
@@ -237,9 +327,9 @@ def progress_of(chunk):
     return progress
 
 
-def write_stream(tokens, tokenizer, ids, device):
-    """Print the continuation of ids, an iterator of tokens, as it comes, then tokens/s and peak memory; Ctrl-C ends it
-    early. The exit code."""
+def write_stream(tokens, tokenizer, ids, device, stops=(), cached=0):
+    """Print the continuation of ids, an iterator of tokens, as it comes, then tokens/s and peak memory; Ctrl-C and the
+    texts in stops end it early. cached: how many of ids need not be computed. The exit code."""
     times = []  # when each new token came
 
     def timed():
@@ -250,14 +340,14 @@ def write_stream(tokens, tokenizer, ids, device):
     t_start = time.perf_counter()
     code = 0
     try:
-        for text in tokenizer.stream(timed(), ids):
+        for text in until_stop(tokenizer.stream(timed(), ids), stops):
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         say("\ninterrupted")
         code = 130
     print(flush=True)
     if times:
-        say_speed(len(ids), t_start, times, device)
+        say_speed(len(ids) - cached, t_start, times, device)
     return code
 
 
@@ -310,6 +400,7 @@ class Results:
         self.settings = settings
         self.key_fields = key_fields
         self.rows = {}
+        open(self.path, "a").close()  # an OSError, before anything long, where it cannot be written
         for row in read_rows(self.path):
             if all(row.get(name) == value for name, value in settings.items()):
                 self.rows[self.key(row)] = row
@@ -333,8 +424,6 @@ def read_rows(path):
         return []
     data = path.read_bytes()
     end = data.rfind(b"\n") + 1
-    if end < len(data):
-        os.truncate(path, end)
     rows = []
     for count, line in enumerate(data[:end].splitlines(), 1):
         try:
@@ -344,6 +433,11 @@ def read_rows(path):
         if not isinstance(row, dict):
             raise ValueError(f"{path}: line {count} is not a result; choose another --results file")
         rows.append(row)
+    half = data[end:]
+    if half and not half.startswith(b"{"):  # of another program: nothing of it is to be lost
+        raise ValueError(f"{path}: its last line is not a result; choose another --results file")
+    if half:
+        os.truncate(path, end)
     return rows
 
 

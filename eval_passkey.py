@@ -234,7 +234,7 @@ def report(args, rows, L):
 # the command line
 
 def parse_args(argv):
-    parser, flag = new_parser(__doc__)
+    parser, flag = new_parser(__doc__, quantize=True)
     flag("methods", "method", type=method_list, metavar="M,M,...",
          help="comma-separated, each name[:parameter=value...], freq=... and attn-scale=... among them; or all")
     flag("lengths", type=counts, metavar="N,N,...", help="in tokens; default: 1,2,4,8 times the window")
@@ -281,10 +281,10 @@ def run(argv=None):
 
     settings = {"ckpt": args.ckpt, "weights": fingerprint(path), "task": args.task, "seed": args.seed,
                 "depths": args.depths, "trials": args.trials, "filler": filler_label, "needles": args.needles,
-                "train_len": L, "dtype": type_name(dtype), "impl": args.impl}
+                "train_len": L, "dtype": type_name(dtype), "impl": args.impl, "quantize": args.quantize}
     say(settings_line({**settings, "methods": args.methods, "device": device, "lengths": args.lengths}))
     results = Results(args.results, settings, ("method", "length", "cell", "trial"))
-    model = load_model(path, config, dtype, device)
+    model = load_model(path, config, dtype, device, quantize=args.quantize)
     run_grid(args, model, tokenizer, filler, results)
     report(args, results.rows.values(), L)
     return 0

@@ -274,7 +274,7 @@ def marked(tokenizer, ids, keys, before=16, after=6):
 # the command line
 
 def parse_args(argv):
-    parser, flag = new_parser(__doc__)
+    parser, flag = new_parser(__doc__, quantize=True)
     parser.add_argument("text", metavar="FILE", help="a UTF-8 text")
     flag("methods", "method", type=method_list, metavar="M,M,...", help="comma-separated, as in eval_passkey.py")
     flag("length", type=number(int, 2), help="loss by position: tokens per document; default: 8 times the window")
@@ -367,10 +367,10 @@ def run(argv=None):
     protocol, key_fields = protocol_asked(args, len(ids))
     settings = {"ckpt": args.ckpt, "weights": fingerprint(path), "text": Path(args.text).name,
                 "text_hash": short_hash(text.encode()), **protocol,
-                "train_len": L, "dtype": type_name(dtype), "impl": args.impl}
+                "train_len": L, "dtype": type_name(dtype), "impl": args.impl, "quantize": args.quantize}
     say(settings_line({**settings, "methods": args.methods, "device": device}))
     results = Results(args.results, settings, key_fields)
-    model = load_model(path, config, dtype, device)
+    model = load_model(path, config, dtype, device, quantize=args.quantize)
     run_all(args, model, tokenizer, ids, results)
     if args.window:
         report_windows(args, results.rows.values())

@@ -405,7 +405,8 @@ def write_predictions(folder, rows):
 # the command line
 
 def parse_args(argv):
-    parser, flag = new_parser(__doc__)
+    parser, flag = new_parser(__doc__, quantize=True)
+    parser.set_defaults(ckpt="tiny-ruler")  # the shipped model that was trained on these tasks
     flag("methods", "method", type=method_list, metavar="M,M,...", help="as in eval_passkey.py; or all")
     flag("tasks", "task", metavar="all|niah|T,T,...", help=f"of {', '.join(TASKS)}; default: all (qa with --qa)")
     flag("lengths", type=counts, metavar="N,N,...",
@@ -509,20 +510,21 @@ def run(argv=None):
     args = parse_args(argv)
     path, config, tokenizer = open_checkpoint(args)
     L = config.train_len
+    args.methods = methods_asked(config, args.methods, (config.freq, *DEFAULT_METHODS))
     cells, prompt_settings = prompts_asked(args, tokenizer, L)
     if args.write:
         write_cases(args.write, cells)
         return 0
     lengths = list(dict.fromkeys(cell.length for cell in cells))
-    args.methods = methods_asked(config, args.methods, (config.freq, *DEFAULT_METHODS))
     check(args, config, lengths)
     device, dtype = place(args, config)
 
     settings = {"ckpt": args.ckpt, "weights": fingerprint(path), **prompt_settings, "score_by": args.score,
-                "train_len": L, "dtype": type_name(dtype), "impl": args.impl}
+                "train_len": L, "dtype": type_name(dtype), "impl": args.impl,
+                "quantize": args.quantize}
     say(settings_line({**settings, "methods": args.methods, "device": device, "lengths": lengths}))
     results = Results(args.results, settings, ("method", "task", "length", "trial"))
-    model = load_model(path, config, dtype, device)
+    model = load_model(path, config, dtype, device, quantize=args.quantize)
     run_grid(args, model, tokenizer, cells, results)
 
     keys = [(str(method), cell.task, cell.length, number)

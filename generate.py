@@ -1,34 +1,38 @@
-"""Continue a prompt with a LLaMA checkpoint, far past its training length, by any method of geometry.py.
+"""Continue a prompt with a checkpoint, far past its training length, by any method of geometry.py.
 
 Does: read the prompt in pieces, decode a token at a time, sample, stream text to stdout (all else goes to stderr).
-Does not: chat, batch prompts of several lengths, train.
+Does not: batch prompts of several lengths, train.
 
     python generate.py --method mesa                              # the shipped model, a passkey at 8 times its window
     python generate.py --method mesa:overlap=32 --ckpt llama-7b --prompt-file book.txt
 """
+from functools import partial
+
 import torch
 
 import hf
 from cache import KVCache
+from chat import Conversation, chat, open_template
 from checkpoint import find_checkpoint
-from cli import (compile_dense, method_list, new_parser, number, open_checkpoint, pick_device, pick_dtype, place,
-                 progress_of, read_text, run_command, say, settings_line, type_name, write_stream)
+from cli import (cache_settings, compile_dense, keep_cache, method_list, new_parser, number, open_cache,
+                 open_checkpoint, pick_device, pick_dtype, place, progress_of, prompt_flags, prompt_ids, read_prompt,
+                 run_command, say, settings_line, type_name, write_stream)
 from frequencies import FREQUENCIES, SCALES
 from geometry import METHODS
 from model import load_model
 from positions import Method, parse_settings, setting_text
 from show import explain, list_methods, method_note, warnings
-from tasks import passkey_prompt
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the library: token ids in, token ids out
 
 def generate(model, ids, method=None, *, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0, seed=None,
-             prefill_chunk=8192, impl="auto", progress=None, freq=None, attn_scale=None, **params):
+             prefill_chunk=8192, impl="auto", progress=None, cache=None, freq=None, attn_scale=None, **params):
     """Yield up to max_new_tokens token ids that continue the list ids; the eos id that ends a text is the last one.
 
     method, freq, attn_scale and params are those of model.plan: generate(model, ids, "mesa", first=16). For temperature
-    (0 is greedy), top_k and top_p see sample. progress(done, n) is called after every piece of the prompt.
+    (0 is greedy), top_k and top_p see sample. progress(done, n) is called after every piece of the prompt. cache: a
+    KVCache that holds the first len(cache) of the ids; only the others are computed, and appended to it.
     Raises ValueError for an empty prompt, and for ids that the model does not have.
     """
     if not ids:
@@ -38,7 +42,8 @@ def generate(model, ids, method=None, *, max_new_tokens=64, temperature=0.0, top
     method = Method.of(method, freq, attn_scale, **params)
     choose = sampler(temperature, top_k, top_p, seed)
     n = len(ids)
-    logits, cache = prefill(model, torch.tensor([ids]), method, max_new_tokens, prefill_chunk, impl, progress)
+    logits, cache = prefill(model, torch.tensor([ids]), method, max_new_tokens, prefill_chunk, impl, progress,
+                            cache)
     for token in decode(model, logits, cache, method, n, choose, max_new_tokens, impl):
         yield int(token)
         if int(token) in model.config.eos_token_id:
@@ -46,16 +51,18 @@ def generate(model, ids, method=None, *, max_new_tokens=64, temperature=0.0, top
 
 
 @torch.no_grad()
-def prefill(model, tokens, method, room=64, chunk=8192, impl="auto", progress=None):
+def prefill(model, tokens, method, room=64, chunk=8192, impl="auto", progress=None, cache=None):
     """Read prompts of equal length, tokens (B, n): the logits (B, vocab_size) after them, and a cache that holds them.
 
     method: a Method. room: tokens that the cache should have room for beyond the prompt. chunk: tokens per piece, as
-    the activations of a long prompt would fill the memory at once.
+    the activations of a long prompt would fill the memory at once. cache: one that holds the first len(cache) tokens.
     """
     n = tokens.shape[1]
     device = next(model.parameters()).device
-    cache = KVCache(model.config, n + min(room, 1024))
-    for begin in range(0, n, chunk):
+    cache = KVCache(model.config) if cache is None else cache
+    cache.size = max(cache.size, n + min(room, 1024))
+    cache.cut(min(len(cache), n - 1))  # the last token is computed anew for its logits, if it is in the cache
+    for begin in range(len(cache), n, chunk):
         end = min(begin + chunk, n)
         # The queries of this piece look at all keys up to its end. Where they stand depends on i, j and the length n
         # of the whole prompt, but not on where a piece begins, so pieces of any size give the same result.
@@ -116,11 +123,10 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
 # the command line
 
 def parse_args(argv):
-    parser, flag = new_parser(__doc__)
+    parser, flag = new_parser(__doc__, quantize=True)
     flag("method", "methods", type=method_list, metavar="M",
          help="name[:parameter=value...]; see --list-methods; default: what config.json says")
-    flag("prompt", help="text to continue; default: a passkey prompt of 8 times the window")
-    flag("prompt-file", metavar="PATH", help="read the prompt from a UTF-8 file, - for stdin")
+    prompt_flags(flag)
     flag("max-new-tokens", type=number(int, 1, 10 ** 9), default=64)
     flag("temperature", type=number(float, 0), default=0.0, help="0 is greedy")
     flag("top-k", type=number(int, 0), default=0, help="0 is all")
@@ -151,26 +157,6 @@ def asked_method(args):
     return Method.of(names[0], **settings)
 
 
-def read_prompt(args):
-    """The prompt's text, or None where none is given."""
-    if args.prompt_file is None:
-        return args.prompt
-    if args.prompt is not None:
-        raise ValueError("give --prompt or --prompt-file, not both")
-    return read_text(args.prompt_file)
-
-
-def prompt_ids(args, tokenizer, L):
-    """Token ids of the prompt, or of a passkey prompt of 8 times the window L."""
-    text = read_prompt(args)
-    if text is None:
-        say(f"no prompt given: a passkey prompt of {8 * L} tokens, 8 times the window; the key is 71432")
-        return passkey_prompt(tokenizer, 8 * L).ids
-    if not text.strip():
-        raise ValueError("the prompt is empty")
-    return tokenizer.encode(text)
-
-
 def resolved_settings(args, config, method, n, dtype, device):
     """All settings of a run by name, as they turned out, for a prompt of n tokens."""
     _, _, own_scale = METHODS[method.name or config.freq]
@@ -183,9 +169,15 @@ def resolved_settings(args, config, method, n, dtype, device):
                 "train-len": config.train_len,
                 "dtype": type_name(dtype),
                 "device": device}
-    for name in ("impl", "prefill-chunk", "max-new-tokens", "temperature", "top-k", "top-p", "seed"):
+    for name in ("quantize", "impl", "prefill-chunk", "max-new-tokens", "temperature", "top-k", "top-p", "seed"):
         settings[name] = getattr(args, name.replace("-", "_"))
     return settings
+
+
+def warn(args, config, method, n):
+    """Say what goes wrong in a prompt of n tokens and what follows it."""
+    for warning in warnings(config, method, max(n, 1), 0 if args.explain else min(args.max_new_tokens, 10 ** 6)):
+        say(f"warning: {warning}")
 
 
 def run(argv=None):
@@ -199,30 +191,42 @@ def run(argv=None):
     path, config, tokenizer = open_checkpoint(args)
     method = asked_method(args)
     method.plan(config, n=1)  # a wrong name or setting shows here, before anything long
-    ids = prompt_ids(args, tokenizer, config.train_len)
-    new = 0 if args.explain else min(args.max_new_tokens, 10 ** 6)
-    for warning in warnings(config, method, len(ids), new):
-        say(f"warning: {warning}")
-
     device, dtype = place(args, config)
+    saving = cache_settings(args, path, config, method, dtype)
+    cache, before, note = open_cache(args.load_cache, config, saving, device)
+    template = open_template(path, args.system) if args.chat else None
+    text = read_prompt(args)
+    ids = list(before) if args.chat else prompt_ids(args, text, tokenizer, config.train_len, before)
+    warn(args, config, method, len(ids))
     if args.explain:
-        print(explain(config, method, len(ids), args.max_new_tokens, dtype))
-    model = load_model(path, config, dtype, device, tokens=10 ** 9 if args.compile else args.max_new_tokens)
+        print(explain(config, method, len(ids), args.max_new_tokens, dtype, args.quantize))
+        args.max_new_tokens = 0  # nothing will be decoded, so that compiling never pays
+    model = load_model(path, config, dtype, device, tokens=10 ** 9 if args.compile else args.max_new_tokens,
+                       quantize=args.quantize)
     if args.explain:
         print(f"decoding on {device}: {model.ways}")
         return 0
     if args.compile:
         compile_dense(model)
     say(settings_line(resolved_settings(args, config, method, len(ids), dtype, device)))
-    tokens = generate(model, ids, method, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                      top_k=args.top_k, top_p=args.top_p, seed=args.seed, prefill_chunk=args.prefill_chunk,
-                      impl=args.impl, progress=progress_of(args.prefill_chunk))
-    return write_stream(tokens, tokenizer, ids, device)
+    answer = partial(generate, model, method=method, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                     top_k=args.top_k, top_p=args.top_p, seed=args.seed, prefill_chunk=args.prefill_chunk,
+                     impl=args.impl, progress=progress_of(args.prefill_chunk), cache=cache)
+    code = 0
+    if args.chat:
+        turns = Conversation(tokenizer, template, answer, cache, args.stop, partial(warn, args, config, method))
+        ids, note = chat(turns, args.system, text, before, note)
+    else:
+        code = write_stream(answer(ids), tokenizer, ids, device, args.stop, len(before))
+    keep_cache(args.save_cache, cache, ids, saving, note if args.chat else "")
+    return code
 
 
 def run_in_transformers(args):
     """The command, for a family that model.py does not know: its exit code."""
-    for flag, is_set in (("--explain", args.explain), ("--compile", args.compile), ("--impl", args.impl != "auto")):
+    for flag, is_set in (("--explain", args.explain), ("--compile", args.compile), ("--impl", args.impl != "auto"),
+                         ("--quantize", args.quantize), ("--chat", args.chat), ("--save-cache", args.save_cache),
+                         ("--load-cache", args.load_cache)):
         if is_set:
             raise ValueError(f"{flag} is not there for a model that runs through transformers")
     path = find_checkpoint(args.ckpt)
@@ -231,16 +235,15 @@ def run_in_transformers(args):
     dtype = pick_dtype(args.dtype, hf.stored_type(path), device)
     model, tokenizer = hf.load(path, dtype, device)
     config = hf.positions_of(hf.extend(model, method, args.train_len))
-    ids = prompt_ids(args, tokenizer, config.train_len)
-    for warning in warnings(config, method, len(ids), min(args.max_new_tokens, 10 ** 6)):
-        say(f"warning: {warning}")
-    say(settings_line(resolved_settings(args, config, method, len(ids), dtype, device)))
+    ids = prompt_ids(args, read_prompt(args), tokenizer, config.train_len)
     if not ids:
-        raise ValueError("the prompt is empty")
+        raise ValueError("the prompt is empty, or the folder has no tokenizer")
+    warn(args, config, method, len(ids))
+    say(settings_line(resolved_settings(args, config, method, len(ids), dtype, device)))
     choose = sampler(args.temperature, args.top_k, args.top_p, args.seed)
     chunk = args.prefill_chunk
     tokens = hf.continue_ids(model, ids, choose, args.max_new_tokens, chunk, progress_of(chunk))
-    return write_stream(tokens, tokenizer, ids, device)
+    return write_stream(tokens, tokenizer, ids, device, args.stop)
 
 
 if __name__ == "__main__":

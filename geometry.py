@@ -281,11 +281,12 @@ def mesa(i, j, n, L, *, first=None, last=None, width=None, chunk=None, linear=No
     query 11 sees 0..11 at 7 6 6 5 5 4 4 3 3 2 1 0.
 
     At L = 2048, and in proportion elsewhere: first 100 tokens, last about 512, and the released code's reserve 50
-    (room kept for decoding), margin 100 and remainder 200. chunk: dynamic_split. width: stair_width.
+    (room kept for decoding), margin 100 and remainder 200. chunk: dynamic_split.
+    width: stair_width, with room for `last` decoded tokens.
     linear: how many tokens at the end of the prompt are exact; overrides the boundary.
     overlap, ours and not the paper's: middle chunks also see that many tokens before them, numbered between the first
     chunk and their own, so that what a boundary cuts in two is whole for the later chunk.
-    Raises ValueError where n exceeds L, and first + overlap + chunk exceeds L or overlap exceeds chunk.
+    Raises ValueError for n > L where first + overlap + chunk is over L, or overlap is over chunk.
     """
     first = scaled("first", first, 100, L)
     last = scaled("last", last, 512, L)
@@ -301,7 +302,7 @@ def mesa(i, j, n, L, *, first=None, last=None, width=None, chunk=None, linear=No
         boundary = L - whole("linear", linear, first - 1 + last)
         return plain_then_stair(i, j, L, boundary, stair_width(width, boundary, L, last, L))
 
-    # the last chunk starts where a chunk ends and at most `chunk` tokens are left
+    # the last chunk begins at the first border after which at most `chunk` tokens are left
     last_start = first + chunk * math.ceil((n - first - chunk) / chunk)
     boundary = last_start - first + 1
     if linear is not None:

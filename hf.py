@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from attention import attend, fold
+from attention import alibi_bias, attend, fold
 from checkpoint import fields_of, position_fields, read_json
 from config import Config
 from positions import Method
@@ -389,6 +389,9 @@ def attend_scores(q, k, v, plan, softcap=None, sinks=None, block=256):
         for number, region in enumerate(plan.regions):
             queries = rotate_queries(q, plan, number, rows).float()
             s = (fold(queries, Hkv) @ keys[plan.key_set[number]].transpose(-1, -2)).view(scores.shape) / math.sqrt(D)
+            bias = alibi_bias(plan, region, rows, slice(0, Tk), q.device)
+            if bias is not None:
+                s = s + bias
             if softcap:
                 s = softcap * torch.tanh(s / softcap)
             inside = (j >= region.start[rows, None]) & (j < region.end[rows, None])

@@ -1,6 +1,6 @@
 """A LLaMA from scratch: the network, and how to load it from a checkpoint folder.
 
-Does not: read files itself (config.py, checkpoint.py, tokenizer.py), choose positions (positions.py), hold keys and
+Does not: read files itself (checkpoint.py, tokenizer.py), choose positions (positions.py), hold keys and
 values (cache.py), or sample (generate.py).
 
     model, tokenizer = load("llama-7b", dtype="bfloat16")
@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention import attend
-from checkpoint import find_checkpoint, read_weights
+from checkpoint import find_checkpoint
 from config import Config
+from frequencies import pick
+from quantize import load_weights
 from single_row import ATTENTIONS, PRODUCTS, Ways, fastest_ways
 from tokenizer import load_tokenizer
 
@@ -80,7 +82,7 @@ class Attention(nn.Module):
         rotated = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)       # (B, Hkv, Tk, D), un-rotated
-            if x.shape[1] == 1 and not x.is_cuda:       # decoding; on CUDA the kernel rotates keys as it reads them
+            if x.shape[1] == 1 and not x.is_cuda:       # decoding; the Triton kernel rotates keys as it reads them
                 rotated = cache.rotated(self.layer, plan)
         out = attend(q, k, v, plan, impl, rotated, self.row)    # (B, H, Tq, D)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -175,31 +177,33 @@ class Llama(nn.Module):
 
     def use_ways(self, ways):
         """Compute single rows by these single_row.Ways."""
+        product = pick(PRODUCTS, "way to multiply", ways.product)
+        row = pick(ATTENTIONS, "way to attend", ways.attention)
         self.ways = ways
         for module in self.modules():
             if isinstance(module, Linear):
-                module.product = PRODUCTS[ways.product]
+                module.product = product
             elif isinstance(module, Attention):
-                module.row = ATTENTIONS[ways.attention]
+                module.row = row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # loading
 
-def load(path, dtype=torch.float32, device="cpu", train_len=None):
+def load(path, dtype=torch.float32, device="cpu", train_len=None, quantize=None):
     """(Llama, Tokenizer) of a Hugging Face folder, or of a name in checkpoints/; train_len overrides L.
 
-    dtype: a torch type or its name; None keeps the stored type. Raises FileNotFoundError or ValueError, naming the file
-    and the tensor, for anything missing, extra or misshapen.
+    dtype: a torch type or its name; None keeps the stored type. quantize: "int8" or "int4", see quantize.py.
+    Raises FileNotFoundError or ValueError, naming the file and the tensor, for anything missing, extra or misshapen.
     """
     path = find_checkpoint(path)
     config = Config.from_hf(path, train_len)
     tokenizer = load_tokenizer(path, config.bos_token_id)
-    return load_model(path, config, dtype, device), tokenizer
+    return load_model(path, config, dtype, device, quantize=quantize), tokenizer
 
 
-def load_model(path, config, dtype=None, device="cpu", tokens=0):
-    """The Llama of a folder in evaluation mode; dtype as in load.
+def load_model(path, config, dtype=None, device="cpu", tokens=0, quantize=None):
+    """The Llama of a folder in evaluation mode; dtype and quantize as in load.
 
     tokens: how many it will decode, which says whether compiling for that may pay; see single_row.fastest_ways.
     """
@@ -209,8 +213,7 @@ def load_model(path, config, dtype=None, device="cpu", tokens=0):
         dtype = DTYPES[dtype]
     with torch.device("meta"):
         model = Llama(config)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    model.load_state_dict(read_weights(path, shapes, dtype, device), assign=True)
+    load_weights(model, path, dtype, device, quantize)
     model.eval().requires_grad_(False)
     model.use_ways(fastest_ways(model, tokens))
     return model

@@ -98,8 +98,8 @@ def rotate_keys(k, plan, number, first=0):
 
 
 def is_unrotated(plan, number):
-    """Whether keys stay as they are at plan.key_positions[number]: nothing turns, or all stand at 0 (ReRoPE), whose
-    cache then needs no rotated copy of them."""
+    """Whether keys are not turned at plan.key_positions[number]: nothing turns, or all stand at 0 (ReRoPE), whose cache
+    then needs no rotated copy of them."""
     if plan.inv_freq is None:
         return True
     return plan.shared(("unrotated", number), lambda: plan.mscale == 1 and not plan.key_positions[number].any())

@@ -21,6 +21,7 @@ from model import Llama
 from page import write_page
 from plan import Region, distance, farthest, visible_keys
 from positions import Method, make_plan, parameters, parse_settings
+from quantize import bits_asked, quantize_layers
 from rotation import is_unrotated
 
 LONGEST = 2 ** 20  # tokens at which the search for a method's reach ends
@@ -115,16 +116,9 @@ def scale_text(freq, scale):
 # ---------------------------------------------------------------------------------------------------------------------
 # how far a method reaches
 
-def first_plan(plan):
-    """The plan itself; of a list with a plan for each layer, that of the first layer."""
-    if isinstance(plan, list):
-        return plan[0]
-    return plan
-
-
 def last_query_plan(config, method, n, total):
     """The plan of the last of `total` tokens, the first n of which are the prompt."""
-    return first_plan(method.plan(config, n, torch.tensor([total - 1]), torch.arange(total)))
+    return method.plan(config, n, torch.tensor([total - 1]), torch.arange(total))
 
 
 def slowdown(plan, base=1e4):
@@ -246,11 +240,11 @@ def method_note(config, method):
     return note
 
 
-def explain(config, method, n, new=0, dtype=torch.float32):
+def explain(config, method, n, new=0, dtype=torch.float32, quantize=None):
     """What a method does with a prompt of n tokens, as text: pairs, reach, a small picture; and the memory of weights
-    and cache in a torch dtype, with `new` tokens after the prompt."""
+    and cache in a torch dtype, with `new` tokens after the prompt; quantize as in model.load."""
     L = config.train_len
-    plan = first_plan(method.plan(config, n))
+    plan = method.plan(config, n)
     asked = str(method) if method.name else f"{config.freq}{method}"
     lines = [f"{asked}: prompt of {n} tokens, training length {L} ({n / L:.3g} times)", *describe(plan, n)]
     if plan.q_scale is not None:
@@ -258,7 +252,7 @@ def explain(config, method, n, new=0, dtype=torch.float32):
     if plan.mscale != 1:
         lines.append(f"logits times {plan.mscale ** 2:.3f}")
     lines.append(reach_text(config, method))
-    lines.append(memory_text(config, method, n, new, dtype))
+    lines.append(memory_text(config, method, n, new, dtype, quantize))
     which = f"{SAMPLES} of the {n} tokens, evenly spread" if n > SAMPLES else "all tokens"
     lines.append(f"{which}: how far from each are those before it")
     lines.append(small_picture(config, method, n))
@@ -272,11 +266,13 @@ def reach_text(config, method):
     return f"reach of a prompt with {settings}: {limit}"
 
 
-def memory_text(config, method, n, new, dtype):
-    weights = weight_count(config) * dtype.itemsize
+def memory_text(config, method, n, new, dtype, quantize=None):
+    bits = bits_asked(config, quantize)
+    weights = weight_bytes(config, dtype, bits)
+    kinds = type_name(dtype) if bits is None else f"int{bits} and {type_name(dtype)}"
     keys = key_count(config, n + new) * dtype.itemsize
     rotated_keys = keys * rotated_copies(last_query_plan(config, method, n, n + 1))
-    return (f"memory: weights {mebibytes(weights)} in {type_name(dtype)}, cache {mebibytes(2 * keys)} for the prompt "
+    return (f"memory: weights {mebibytes(weights)} in {kinds}, cache {mebibytes(2 * keys)} for the prompt "
             f"and {new} new tokens, keys rotated for decoding {mebibytes(rotated_keys)}")
 
 
@@ -284,11 +280,14 @@ def mebibytes(count):
     return f"{count / 2**20:.1f} MiB"
 
 
-def weight_count(config):
-    """How many numbers a model of this config has as weights."""
+def weight_bytes(config, dtype, bits):
+    """Bytes of the weights of a model: floats of a torch dtype, and integers where it is quantised to bits."""
     with torch.device("meta"):
         model = Llama(config)
-    return sum(weight.numel() for weight in model.parameters())
+    if bits:
+        quantize_layers(model, bits)
+    return sum(weight.numel() * (dtype.itemsize if weight.is_floating_point() else 1)
+               for weight in model.state_dict().values())
 
 
 def key_count(config, tokens):
@@ -305,7 +304,7 @@ def rotated_copies(plan):
 def small_picture(config, method, n):
     """The distances between up to SAMPLES tokens, evenly spread over a prompt of n, as text."""
     samples = torch.linspace(0, n - 1, min(n, SAMPLES)).round().long()
-    plan = first_plan(method.plan(config, n, samples, torch.arange(n)))
+    plan = method.plan(config, n, samples, torch.arange(n))
     return picture(with_keys(plan, samples))
 
 

@@ -115,8 +115,8 @@ def fastest_ways(model, tokens=0):
     """The Ways that are fastest for this model on this machine, timed in some milliseconds; the default for models
     below LEAST bytes and away from CPUs.
 
-    tokens: how many will be decoded. torch.compile's ways are timed where so many tokens can win back the seconds that
-    it takes: where the other ways read memory that much slower than it is copied.
+    tokens: how many will be decoded. torch.compile's ways are tried only where the seconds that the others take beyond
+    copying as many bytes, times the tokens, exceed COMPILING.
     """
     weights = timed_weights(model)
     bytes_timed = sum(weight.nbytes for weight in weights)
@@ -172,7 +172,7 @@ def medians(calls, rounds=3):
 
 
 def copy_seconds():
-    """Seconds per byte that is read and written, in a copy of LEAST/2 bytes."""
+    """Seconds per byte that is moved, read or written, in a copy of LEAST/2 bytes."""
     x = torch.zeros(LEAST // 2, dtype=torch.uint8)
     y = torch.zeros_like(x)
     return medians({"copy": partial(y.copy_, x)})["copy"] / LEAST

@@ -3,7 +3,7 @@
 Does: pieces as index ranges, made once for all layers, and masks for the ragged ones. Does not: compute attention
 (attention.py).
 
-    for rows, pieces in region_tiles(plan, number, block_q=256, block_k=1024, fused=True):
+    for rows, pieces in region_tiles(plan, number, block_q=256, block_k=plan.Tk, fused=True):
         for lo, hi, kind in pieces: ...
 
 A run of rows sees a rectangle, a triangle or a sliding window of keys. The first two make few large fused calls, of at
@@ -24,6 +24,9 @@ def visible_span(plan, key_set):
     """(first, stop) of the keys that some query sees in the regions of this key set."""
     def find():
         regions = [r for r, number in zip(plan.regions, plan.key_set) if number == key_set]
+        regions = [r for r in regions if bool((r.end > r.start).any())]
+        if not regions:
+            return 0, 0
         first = min(int(r.start[r.end > r.start].min()) for r in regions)
         stop = max(int(r.end[r.end > r.start].max()) for r in regions)
         return first, stop
@@ -91,7 +94,7 @@ def key_pieces(region, a, b, block, fused):
 
 
 def edge_mask(plan, start, end, width):
-    """(rows, width) float32: NEVER outside of start..end of each row. The blocks of a sliding window share one."""
+    """(rows, width) float32: NEVER outside of start..end of each row; blocks of a narrow window share one."""
     def make():
         j = torch.arange(width)
         outside = (j < start[:, None]) | (j >= end[:, None])

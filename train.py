@@ -1,8 +1,10 @@
 """Train the tiny LLaMAs that ship in checkpoints/, each on one CPU core in less than an hour.
 
 Does: collect the prose that comes with every Python (help topics, docstrings), train a sentencepiece model on it,
-then a LLaMA on a mix of prose, passkey prompts, and records of lines and of key-value pairs, of every length up to its
-window; or start from the weights and the tokenizer of another such model (--init). Writes a Hugging Face folder and
+then a LLaMA on a mix of prose, passkey prompts, and records of lines and of key-value pairs, with --mix ruler also of
+RULER's tasks, of every length up to its window; or start from the weights and the tokenizer of another such model
+(--init). Of RULER's names, values and help topics, those that the evaluation draws from are never in a prompt here
+(all help topics are in the prose). Writes a Hugging Face folder and
 training.json, the record of the run. An interrupted run, also a killed one, continues from its last save when the same
 command is given again, and ends in the same weights: batches depend on (seed, step) alone.
 
@@ -12,6 +14,8 @@ doing of the extrapolation method.
     python train.py --out start --cosine 16 --store bfloat16 --steps 2000 --grow 1000
     python train.py --out middle --init start --steps 1200 --grow 100 --lr 1.5e-3
     python train.py --out checkpoints/tiny --init middle --steps 1000 --warmup 50 --grow 1 --lr 2e-3
+    python train.py --out checkpoints/tiny-ruler --init checkpoints/tiny --mix ruler --steps 2600 --warmup 50 --grow 1 \
+        --lr 2e-3
     python train.py --out checkpoints/tiny-cosine --init start --cosine 16 --store bfloat16 --steps 600 --grow 100
     python train.py --out checkpoints/tiny-nope --position nope --store bfloat16 --steps 2000 --grow 1000
 

@@ -164,6 +164,10 @@ def test_a_file_that_holds_something_else_is_refused_and_left_alone(tmp_path, li
     with pytest.raises(ValueError, match="notes.txt: line 2 is not a result"):
         Results(file, {"seed": 0}, ())
     assert file.read_text() == f'{{"seed": 0}}\n{line}\n'
+    file.write_text(line)  # nor is it taken for the half line that a kill leaves
+    with pytest.raises(ValueError, match="notes.txt: its last line is not a result"):
+        Results(file, {"seed": 0}, ())
+    assert file.read_text() == line
 
 
 def test_a_fingerprint_tells_checkpoints_apart_and_never_changes(tmp_path):

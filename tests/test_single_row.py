@@ -7,10 +7,12 @@ import torch
 from oracle import oracle
 from test_attention import check, inputs, plan_for
 
+import attention
 import single_row
 from attention import attend
 from config import Config
 from model import Llama
+from plan import Plan, Region
 from single_row import ATTENTIONS, PRODUCTS, Ways, attention_sums, fastest, fastest_ways, row_sums
 
 SHAPE = (2, 4, 2, 16)  # B, H, Hkv, D
@@ -66,11 +68,11 @@ def test_any_way_can_be_taken(tied, monkeypatch):
     model = small_model(tie_word_embeddings=tied)
     token = torch.tensor([[7]])
     want = model(token, model.plan("mesa", n=1))
-    for product, attention in itertools.product(["linear", "mv"], PLAIN):
+    for product, row in itertools.product(["linear", "mv"], PLAIN):
         calls.clear()
-        model.use_ways(Ways(product, attention))
+        model.use_ways(Ways(product, row))
         check(model(token, model.plan("mesa", n=1)), want.double())
-        assert calls.count(product) == 15 and calls.count(attention) == 2 and len(calls) == 17
+        assert calls.count(product) == 15 and calls.count(row) == 2 and len(calls) == 17
 
 
 def test_the_fastest_is_found_by_timing_and_compiled_only_where_it_pays(monkeypatch):
@@ -100,3 +102,31 @@ def test_small_models_are_not_timed_and_larger_ones_are(monkeypatch):
     monkeypatch.setattr(single_row, "LEAST", 2 ** 14)
     ways = fastest_ways(model)
     assert ways.product in ("linear", "mv") and ways.attention in PLAIN
+
+
+def test_without_a_flash_kernel_a_row_attends_by_matmul(monkeypatch):
+    """As on MPS, and on CUDA without Triton, whatever way was asked for."""
+    q, k, v = inputs(SHAPE, 1, 30)
+    plan = plan_for("rerope", SHAPE, 29, 10, torch.tensor([29]), torch.arange(30))
+    monkeypatch.setattr(attention, "has_flash", lambda q: False)
+    check(attend(q, k, v, plan, row=None), oracle(q, k, v, plan))
+    check(attend(q, k, v, plan, row=lambda *_: 1 / 0), oracle(q, k, v, plan))
+
+
+def test_a_way_that_is_not_there_changes_nothing():
+    model = small_model()
+    with pytest.raises(ValueError, match="unknown way to multiply 'lin'"):
+        model.use_ways(Ways(product="lin"))
+    assert model.ways == Ways()
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_regions_in_which_nothing_is_seen(queries):
+    """A geometry may leave them; make_plan drops them, and a Plan made by hand keeps them."""
+    i = torch.arange(30 - queries, 30)
+    whole = plan_for("rope", SHAPE, 30, 64, i, torch.arange(30))
+    region = whole.regions[0]
+    nothing = Region(region.q_pos, region.k_pos + 1, region.start + 5, region.start + 4)
+    q, k, v = inputs(SHAPE, queries, 30)
+    got = attend(q, k, v, Plan([region, nothing], whole.inv_freq), "tiled")
+    check(got, oracle(q, k, v, whole))
