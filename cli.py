@@ -24,7 +24,7 @@ from config import Config
 from geometry import METHODS
 from model import DTYPES
 from positions import Method
-from quantize import BITS, bits_asked
+from quantized import BITS, bits_asked
 from single_row import has_compiler
 from tasks import passkey_prompt
 from tokenizer import load_tokenizer, until_stop
@@ -79,7 +79,7 @@ def new_parser(doc, quantize=False):
     flag("impl", choices=IMPLEMENTATIONS, default="auto", help="how attention is computed")
     flag("train-len", type=number(int, 1), help="override the training length L of config.json")
     if quantize:
-        flag("quantize", choices=BITS, help="weights of 8 or 4 bits, see quantize.py; default: as stored")
+        flag("quantize", choices=BITS, help="weights of 8 or 4 bits, see quantized.py; default: as stored")
     return parser, flag
 
 

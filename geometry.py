@@ -281,9 +281,8 @@ def mesa(i, j, n, L, *, first=None, last=None, width=None, chunk=None, linear=No
     query 11 sees 0..11 at 7 6 6 5 5 4 4 3 3 2 1 0.
 
     At L = 2048, and in proportion elsewhere: first 100 tokens, last about 512, and the released code's reserve 50
-    (room kept for decoding), margin 100 and remainder 200. chunk: dynamic_split.
-    width: stair_width, with room for `last` decoded tokens.
-    linear: how many tokens at the end of the prompt are exact; overrides the boundary.
+    (room kept for decoding), margin 100 and remainder 200. chunk: dynamic_split. width: stair_width for `last` decoded
+    tokens. linear: how many tokens at the end of the prompt are exact; overrides the boundary.
     overlap, ours and not the paper's: middle chunks also see that many tokens before them, numbered between the first
     chunk and their own, so that what a boundary cuts in two is whole for the later chunk.
     Raises ValueError for n > L where first + overlap + chunk is over L, or overlap is over chunk.

@@ -17,7 +17,7 @@ from attention import attend
 from checkpoint import find_checkpoint
 from config import Config
 from frequencies import pick
-from quantize import load_weights
+from quantized import load_weights
 from single_row import ATTENTIONS, PRODUCTS, Ways, fastest_ways
 from tokenizer import load_tokenizer
 
@@ -193,7 +193,7 @@ class Llama(nn.Module):
 def load(path, dtype=torch.float32, device="cpu", train_len=None, quantize=None):
     """(Llama, Tokenizer) of a Hugging Face folder, or of a name in checkpoints/; train_len overrides L.
 
-    dtype: a torch type or its name; None keeps the stored type. quantize: "int8" or "int4", see quantize.py.
+    dtype: a torch type or its name; None keeps the stored type. quantize: "int8" or "int4", see quantized.py.
     Raises FileNotFoundError or ValueError, naming the file and the tensor, for anything missing, extra or misshapen.
     """
     path = find_checkpoint(path)

@@ -21,7 +21,7 @@ from model import Llama
 from page import write_page
 from plan import Region, distance, farthest, visible_keys
 from positions import Method, make_plan, parameters, parse_settings
-from quantize import bits_asked, quantize_layers
+from quantized import bits_asked, quantize_layers
 from rotation import is_unrotated
 
 LONGEST = 2 ** 20  # tokens at which the search for a method's reach ends

@@ -10,10 +10,11 @@ from torch import nn
 import checkpoint
 import eval_passkey
 import quantize
+import quantized as library
 from generate import generate
 from model import load
 from positions import Method
-from quantize import QuantizedLinear, quantize_int4, quantize_int8, quantized_tensors, unpack_int4, unpack_int8
+from quantized import QuantizedLinear, quantize_int4, quantize_int8, quantized_tensors, unpack_int4, unpack_int8
 from show import memory_text
 
 ERRORS = {8: 0.009, 4: 0.078}  # of a product of normal random weights, relative
@@ -62,12 +63,12 @@ def test_products_are_those_of_the_definition(bits, N, K, dtype, monkeypatch):
     weight = torch.randn(N, K)
     layer = quantized(weight, bits, dtype)
     layer.bias = bias = nn.Parameter(torch.ones(N, dtype=dtype), requires_grad=False)
-    monkeypatch.setattr(quantize, "BLOCK", 64 * K)
+    monkeypatch.setattr(library, "BLOCK", 64 * K)
     for shape in ((1, 1, K), (2, 3, K), (40, K)):
         x = torch.randn(shape).to(dtype)
         want = x.double() @ definition(weight, bits).T + bias.double()
         for few in (0, 100):
-            monkeypatch.setitem(quantize.FEW, bits, few)
+            monkeypatch.setitem(library.FEW, bits, few)
             assert layer(x).dtype == dtype and error(layer(x), want) < TYPES[dtype]
 
 
@@ -76,7 +77,7 @@ def test_errors_are_small(bits, tile, monkeypatch):
     """In int4 with the order of channels of AVX512, of AVX2, and of a processor that has neither."""
     torch.manual_seed(0)
     weight, x = torch.randn(512, 1024), torch.randn(8, 1024)
-    monkeypatch.setattr(quantize, "operator_tile", lambda: tile)
+    monkeypatch.setattr(library, "operator_tile", lambda: tile)
     assert 0.8 * ERRORS[bits] < error(quantized(weight, bits).many(x), x @ weight.T) < 1.02 * ERRORS[bits]
 
 

@@ -1,4 +1,5 @@
 """The README's promises that no other test keeps: its table, its examples, its way to add a method."""
+import ast
 import re
 import shutil
 import subprocess
@@ -23,6 +24,15 @@ def test_every_method_file_and_link():
     assert sorted(files) == sorted(file.name for file in ROOT.glob("*.py"))
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_a_file_imports_only_from_files_above_it():
+    files = re.findall(r"^\| ([a-z_]+)\.py \|", README, flags=re.MULTILINE)
+    for place, file in enumerate(files):
+        for node in ast.walk(ast.parse((ROOT / f"{file}.py").read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not set(names) & set(files[place:]), f"{file}.py, line {node.lineno}"
 
 
 def test_examples_run_one_after_the_other(monkeypatch, capsys):
