@@ -61,13 +61,15 @@ def choose(impl, q, k, v, plan):
         raise ValueError(f"impl=triton: this machine lacks {triton_missing(q)}")
     if impl in ("dense", "triton"):
         return impl
-    if impl == "auto" and wants_gradient:
-        return "fused" if is_plainly_causal(plan) else "dense"
-    if impl == "auto" and q.is_cuda and not triton_missing(q) and not is_plainly_causal(plan):
-        return "triton"
-    if q.shape[2] == 1:
-        return "row"
-    return "fused" if impl == "auto" and is_plainly_causal(plan) else "tiled"
+    if impl == "auto":
+        is_causal = is_plainly_causal(plan)
+        if wants_gradient:
+            return "fused" if is_causal else "dense"
+        if q.is_cuda and not is_causal and not triton_missing(q):
+            return "triton"
+        if is_causal and plan.Tq > 1:
+            return "fused"
+    return "row" if plan.Tq == 1 else "tiled"
 
 
 def triton_missing(q):
@@ -183,8 +185,6 @@ def attend_row(q, k, v, plan, rotated=None, row=None):
     lses = []
     for number, region in enumerate(plan.regions):
         first, end = int(region.start[0]), int(region.end[0])
-        if end <= first:
-            continue
         # 1. the keys that are seen, rotated; the query heads that share a key head are rows that meet it together
         key_set = plan.key_set[number]
         keys = rotated[key_set][:, :, first:end] if rotated else rotate_keys(k[:, :, first:end], plan, key_set, first)

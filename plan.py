@@ -44,6 +44,10 @@ class Plan:
     memory: dict = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
+        """Drop regions in which nothing is seen, and number the positions of keys. ValueError where none is left."""
+        self.regions = [r for r in self.regions if bool((r.end > r.start).any())]
+        if not self.regions:
+            raise ValueError("a plan in which no query sees a key")
         self.key_positions, self.key_set = [], []
         for region in self.regions:
             equal = [number for number, known in enumerate(self.key_positions) if same(known, region.k_pos)]
@@ -75,8 +79,7 @@ class Plan:
 
     def last(self):
         """The plan of the last query alone."""
-        regions = [Region(r.q_pos[-1:], r.k_pos, r.start[-1:], r.end[-1:]) for r in self.regions
-                   if r.end[-1] > r.start[-1]]
+        regions = [Region(r.q_pos[-1:], r.k_pos, r.start[-1:], r.end[-1:]) for r in self.regions]
         return replace(self, regions=regions, q_scale=None if self.q_scale is None else self.q_scale[-1:])
 
 

@@ -48,10 +48,9 @@ def make_plan(method, i, j, *, n, L, D, H, base=1e4, freq=None, attn_scale=None,
     check_input(i, j, n=n, L=L, D=D, H=H, base=base, rotary_dim=rotary_dim)
     check_parameters(asked, geometry, rule, scale)
 
-    # 1. geometry: regions, without those in which nothing is seen
+    # 1. geometry: regions
     regions = geometry(i, j, n, L, **asked.params_of(geometry))
     check_regions(asked.name, regions, i, len(j))
-    regions = [r for r in regions if bool((r.end > r.start).any())]
 
     # 2. frequencies
     inv_freq, mscale = rule(rotary_dim, base, n, L, **asked.params_of(rule))

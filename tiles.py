@@ -24,9 +24,6 @@ def visible_span(plan, key_set):
     """(first, stop) of the keys that some query sees in the regions of this key set."""
     def find():
         regions = [r for r, number in zip(plan.regions, plan.key_set) if number == key_set]
-        regions = [r for r in regions if bool((r.end > r.start).any())]
-        if not regions:
-            return 0, 0
         first = min(int(r.start[r.end > r.start].min()) for r in regions)
         stop = max(int(r.end[r.end > r.start].max()) for r in regions)
         return first, stop

@@ -122,7 +122,7 @@ def test_a_way_that_is_not_there_changes_nothing():
 
 @pytest.mark.parametrize("queries", [1, 3])
 def test_regions_in_which_nothing_is_seen(queries):
-    """A geometry may leave them; make_plan drops them, and a Plan made by hand keeps them."""
+    """A geometry may leave them, and so may who makes a Plan by hand: the Plan drops them."""
     i = torch.arange(30 - queries, 30)
     whole = plan_for("rope", SHAPE, 30, 64, i, torch.arange(30))
     region = whole.regions[0]
@@ -130,3 +130,5 @@ def test_regions_in_which_nothing_is_seen(queries):
     q, k, v = inputs(SHAPE, queries, 30)
     got = attend(q, k, v, Plan([region, nothing], whole.inv_freq), "tiled")
     check(got, oracle(q, k, v, whole))
+    with pytest.raises(ValueError, match="no query sees a key"):
+        Plan([nothing], whole.inv_freq)
