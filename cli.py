@@ -69,17 +69,15 @@ def settings_line(settings):
 # ---------------------------------------------------------------------------------------------------------------------
 # flags
 
-def new_parser(doc, quantize=False):
-    """(parser, flag) of a script that runs a checkpoint: plain_parser with the flags about the model in it; --quantize
-    where the script takes it, as its results then have to say so."""
+def new_parser(doc):
+    """(parser, flag) of a script that runs a checkpoint: plain_parser with the flags about the model in it."""
     parser, flag = plain_parser(doc)
     flag("ckpt", default="tiny", help="a folder, or a name in this one or in checkpoints/")
     flag("dtype", choices=["auto", *DTYPES], default="auto")
     flag("device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     flag("impl", choices=IMPLEMENTATIONS, default="auto", help="how attention is computed")
     flag("train-len", type=number(int, 1), help="override the training length L of config.json")
-    if quantize:
-        flag("quantize", choices=BITS, help="weights of 8 or 4 bits, see quantized.py; default: as stored")
+    flag("quantize", choices=BITS, help="weights of 8 or 4 bits, see quantized.py; default: as stored")
     return parser, flag
 
 
@@ -197,7 +195,7 @@ def open_checkpoint(args):
 def place(args, config):
     """(device, torch dtype) of --device and --dtype, with malloc set for running a model there."""
     keep_freed_memory()
-    bits_asked(config, getattr(args, "quantize", None))  # a wrong one shows here, before anything long
+    bits_asked(config, args.quantize)  # a wrong one shows here, before anything long
     device = pick_device(args.device)
     return device, pick_dtype(args.dtype, config.dtype, device)
 
@@ -256,7 +254,7 @@ def cache_settings(args, path, config, method, dtype):
     params = dict(sorted(method.params.items()))
     method = Method(method.name or config.freq, method.freq, method.attn_scale, params)
     return {"checkpoint": fingerprint(path), "method": str(method), "train-len": str(config.train_len),
-            "dtype": type_name(dtype), "quantize": str(getattr(args, "quantize", None))}
+            "dtype": type_name(dtype), "quantize": str(args.quantize)}
 
 
 def open_cache(file, config, settings, device):
@@ -277,6 +275,12 @@ def keep_cache(file, cache, ids, settings, note):
         return
     save_cache(file, cache, ids, settings, note)
     say(f"{file}: {len(ids)} tokens saved")
+
+
+def model_settings(args, path, L, dtype, **protocol):
+    """The settings that tell the rows of an evaluation from others: its protocol, and all that is about the model."""
+    return {"ckpt": args.ckpt, "weights": fingerprint(path), **protocol, "train_len": L, "dtype": type_name(dtype),
+            "impl": args.impl, "quantize": args.quantize}
 
 
 def type_name(dtype):

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from cli import (Results, accuracy, counts, fingerprint, markdown, method_list, methods_asked, new_parser, number,
-                 open_checkpoint, place, read_text, run_command, say, select, settings_line, short_hash, type_name)
+from cli import (Results, accuracy, counts, markdown, method_list, methods_asked, model_settings, new_parser, number,
+                 open_checkpoint, place, read_text, run_command, say, select, settings_line, short_hash)
 from generate import decode, prefill, sample
 from model import load_model
-from show import figure_class, heatmap, plot_passkey, warnings
+from show import figure_class, heatmap, plot_passkey, say_warnings
 from tasks import FILLER, NAMES, TASKS, Prompt, answer_text, passkey_prompt, random_digits, record_prompt
 
 DEFAULT_METHODS = ("pi", "rerope", "self-extend", "mesa")  # after what config.json says
@@ -234,7 +234,7 @@ def report(args, rows, L):
 # the command line
 
 def parse_args(argv):
-    parser, flag = new_parser(__doc__, quantize=True)
+    parser, flag = new_parser(__doc__)
     flag("methods", "method", type=method_list, metavar="M,M,...",
          help="comma-separated, each name[:parameter=value...], freq=... and attn-scale=... among them; or all")
     flag("lengths", type=counts, metavar="N,N,...", help="in tokens; default: 1,2,4,8 times the window")
@@ -263,9 +263,7 @@ def check(args, config, tokenizer, filler):
         figure_class()
     for n in args.lengths:
         make_prompt(args, tokenizer, n, 0.5, random.Random(0), filler)
-        for method in args.methods:
-            for warning in warnings(config, method, n):
-                say(f"warning: {warning}")
+    say_warnings(config, args.methods, args.lengths)
 
 
 def run(argv=None):
@@ -279,9 +277,8 @@ def run(argv=None):
     check(args, config, tokenizer, filler)
     device, dtype = place(args, config)
 
-    settings = {"ckpt": args.ckpt, "weights": fingerprint(path), "task": args.task, "seed": args.seed,
-                "depths": args.depths, "trials": args.trials, "filler": filler_label, "needles": args.needles,
-                "train_len": L, "dtype": type_name(dtype), "impl": args.impl, "quantize": args.quantize}
+    settings = model_settings(args, path, L, dtype, task=args.task, seed=args.seed, depths=args.depths,
+                              trials=args.trials, filler=filler_label, needles=args.needles)
     say(settings_line({**settings, "methods": args.methods, "device": device, "lengths": args.lengths}))
     results = Results(args.results, settings, ("method", "length", "cell", "trial"))
     model = load_model(path, config, dtype, device, quantize=args.quantize)

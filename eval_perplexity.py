@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 
 from cache import KVCache
-from cli import (Results, fingerprint, markdown, method_list, methods_asked, new_parser, number, open_checkpoint, place,
-                 read_text, run_command, say, select, settings_line, short_hash, type_name)
+from cli import (Results, markdown, method_list, methods_asked, model_settings, new_parser, number, open_checkpoint,
+                 place, read_text, run_command, say, select, settings_line, short_hash)
 from model import load_model
 from positions import Method
-from show import figure_class, plot_key_tokens, plot_losses, warnings
+from show import figure_class, plot_key_tokens, plot_losses, say_warnings
 
 DEFAULT_METHODS = ("rerope", "self-extend", "mesa")  # after what config.json says
 KEY_LINES = 12  # key tokens that are printed of a document
@@ -274,7 +274,7 @@ def marked(tokenizer, ids, keys, before=16, after=6):
 # the command line
 
 def parse_args(argv):
-    parser, flag = new_parser(__doc__, quantize=True)
+    parser, flag = new_parser(__doc__)
     parser.add_argument("text", metavar="FILE", help="a UTF-8 text")
     flag("methods", "method", type=method_list, metavar="M,M,...", help="comma-separated, as in eval_passkey.py")
     flag("length", type=number(int, 2), help="loss by position: tokens per document; default: 8 times the window")
@@ -324,9 +324,7 @@ def check(args, config, tokenizer, ids):
     else:
         check_documents(args, ids)
     finders = [args.key_rule.method] if args.longppl else []
-    for method in args.methods + finders:
-        for warning in warnings(config, method, args.window or args.length):
-            say(f"warning: {warning}")
+    say_warnings(config, args.methods + finders, [args.window or args.length])
 
 
 def check_windows(args, tokenizer):
@@ -365,9 +363,8 @@ def run(argv=None):
     device, dtype = place(args, config)
 
     protocol, key_fields = protocol_asked(args, len(ids))
-    settings = {"ckpt": args.ckpt, "weights": fingerprint(path), "text": Path(args.text).name,
-                "text_hash": short_hash(text.encode()), **protocol,
-                "train_len": L, "dtype": type_name(dtype), "impl": args.impl, "quantize": args.quantize}
+    settings = model_settings(args, path, L, dtype, text=Path(args.text).name, text_hash=short_hash(text.encode()),
+                              **protocol)
     say(settings_line({**settings, "methods": args.methods, "device": device}))
     results = Results(args.results, settings, key_fields)
     model = load_model(path, config, dtype, device, quantize=args.quantize)

@@ -23,12 +23,12 @@ from pathlib import Path
 
 import torch
 
-from cli import (Results, counts, fingerprint, markdown, method_list, methods_asked, new_parser, number,
-                 open_checkpoint, place, read_text, run_command, say, settings_line, short_hash, type_name)
+from cli import (Results, counts, markdown, method_list, methods_asked, model_settings, new_parser, number,
+                 open_checkpoint, place, read_text, run_command, say, settings_line, short_hash)
 from generate import decode, prefill, sample
 from model import load_model
 from ruler_tasks import NIAH, SIZES, TASKS, Size, answer_room, new_material, ruler_prompt, scaled_down, size_for
-from show import figure_class, plot_ruler, warnings
+from show import figure_class, plot_ruler, say_warnings
 
 DEFAULT_METHODS = ("yarn", "rerope", "self-extend", "mesa")  # after what config.json says
 BATCH = 16384       # tokens that run together
@@ -405,7 +405,7 @@ def write_predictions(folder, rows):
 # the command line
 
 def parse_args(argv):
-    parser, flag = new_parser(__doc__, quantize=True)
+    parser, flag = new_parser(__doc__)
     parser.set_defaults(ckpt="tiny-ruler")  # the shipped model that was trained on these tasks
     flag("methods", "method", type=method_list, metavar="M,M,...", help="as in eval_passkey.py; or all")
     flag("tasks", "task", metavar="all|niah|T,T,...", help=f"of {', '.join(TASKS)}; default: all (qa with --qa)")
@@ -499,10 +499,7 @@ def check(args, config, lengths):
         figure_class()
     if args.score == "rouge-l":
         rouge_scorer()
-    for n in lengths:
-        for method in args.methods:
-            for warning in warnings(config, method, n):
-                say(f"warning: {warning}")
+    say_warnings(config, args.methods, lengths)
 
 
 def run(argv=None):
@@ -519,9 +516,7 @@ def run(argv=None):
     check(args, config, lengths)
     device, dtype = place(args, config)
 
-    settings = {"ckpt": args.ckpt, "weights": fingerprint(path), **prompt_settings, "score_by": args.score,
-                "train_len": L, "dtype": type_name(dtype), "impl": args.impl,
-                "quantize": args.quantize}
+    settings = model_settings(args, path, L, dtype, **prompt_settings, score_by=args.score)
     say(settings_line({**settings, "methods": args.methods, "device": device, "lengths": lengths}))
     results = Results(args.results, settings, ("method", "task", "length", "trial"))
     model = load_model(path, config, dtype, device, quantize=args.quantize)

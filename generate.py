@@ -21,7 +21,7 @@ from frequencies import FREQUENCIES, SCALES
 from geometry import METHODS
 from model import load_model
 from positions import Method, parse_settings, setting_text
-from show import explain, list_methods, method_note, warnings
+from show import explain, list_methods, method_note, say_warnings
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the library: token ids in, token ids out
@@ -123,7 +123,7 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
 # the command line
 
 def parse_args(argv):
-    parser, flag = new_parser(__doc__, quantize=True)
+    parser, flag = new_parser(__doc__)
     flag("method", "methods", type=method_list, metavar="M",
          help="name[:parameter=value...]; see --list-methods; default: what config.json says")
     prompt_flags(flag)
@@ -176,8 +176,7 @@ def resolved_settings(args, config, method, n, dtype, device):
 
 def warn(args, config, method, n):
     """Say what goes wrong in a prompt of n tokens and what follows it."""
-    for warning in warnings(config, method, max(n, 1), 0 if args.explain else min(args.max_new_tokens, 10 ** 6)):
-        say(f"warning: {warning}")
+    say_warnings(config, [method], [max(n, 1)], 0 if args.explain else min(args.max_new_tokens, 10 ** 6))
 
 
 def run(argv=None):
@@ -200,9 +199,8 @@ def run(argv=None):
     warn(args, config, method, len(ids))
     if args.explain:
         print(explain(config, method, len(ids), args.max_new_tokens, dtype, args.quantize))
-        args.max_new_tokens = 0  # nothing will be decoded, so that compiling never pays
-    model = load_model(path, config, dtype, device, tokens=10 ** 9 if args.compile else args.max_new_tokens,
-                       quantize=args.quantize)
+    tokens = 0 if args.explain else args.max_new_tokens  # that compiling may pay for
+    model = load_model(path, config, dtype, device, 10 ** 9 if args.compile else tokens, args.quantize)
     if args.explain:
         print(f"decoding on {device}: {model.ways}")
         return 0

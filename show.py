@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from cli import accuracy, plain_parser, run_command, select, type_name
+from cli import accuracy, plain_parser, run_command, say, select, type_name
 from frequencies import FREQUENCIES, SCALES, UNROTATED, pick, rope, whole
 from geometry import METHODS, cosscale, full
 from model import Llama
@@ -208,6 +208,14 @@ def warnings(config, method, n, new=0):
         sentences.append(f"{name} puts tokens {far:.6g} apart by token {total}, beyond the training length "
                          f"{config.train_len}: {way_out}")
     return sentences
+
+
+def say_warnings(config, methods, lengths, new=0):
+    """The warnings about prompts of these lengths, a line each on stderr."""
+    for n in lengths:
+        for method in methods:
+            for warning in warnings(config, method, n, new):
+                say(f"warning: {warning}")
 
 
 def untrained(config, method):

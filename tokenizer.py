@@ -7,7 +7,6 @@ character. Does not: render chat templates (chat.py).
     tokenizer = load_tokenizer("llama-7b", bos_id=1)
     ids = tokenizer.encode("The sky is")
 """
-import json
 import re
 from pathlib import Path
 
@@ -79,15 +78,9 @@ def added_tokens(folder):
 
 
 def read_object(file):
-    if not file.is_file():
-        return {}
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{file}: not a JSON object")
-    return data
+    """The JSON object in a file; {} where there is none."""
+    from checkpoint import read_json  # here, as it needs torch, without which a process that renders templates starts
+    return read_json(file) if file.is_file() else {}
 
 
 class Tokenizer:
