@@ -50,6 +50,31 @@ def attend(q, k, v, plan, impl="auto", rotated=None, row=None):
     return out
 
 
+def attend_part(q, k, v, plan, impl="auto", rotated=None, row=None):
+    """(out (B, H, Tq, D), lse (B, H, Tq)), both float32: attention to these keys alone, and the log-sum-exp of its
+    scores, by which it merges with the attention of the same queries to other keys (see merge_parts).
+
+    Arguments and errors as in attend. A query that sees nothing gets zeros, and NEVER or less.
+    """
+    check_shapes(q, k, v, plan)
+    impl = choose(impl, q, k, v, plan)
+    if impl == "fused":  # PyTorch's own causal attention keeps its log-sum-exp
+        impl = "triton" if q.is_cuda and not triton_missing(q) else "tiled"
+    if impl == "dense":
+        return dense_part(q, k, v, plan)
+    if impl == "triton":
+        out, lse = triton_part(q, k, v, plan)
+        return out.float(), lse
+    if impl == "row":
+        out, lse = row_part(q, k, v, plan, rotated, row)
+        return out.float(), lse
+    out = torch.empty_like(q, dtype=torch.float32)
+    lse = out.new_empty(q.shape[:3])
+    for heads, key_heads in head_groups(q, k, plan):
+        _, lse[:, heads] = tiled_part(q[:, heads], k[:, key_heads], v[:, key_heads], plan, total=out[:, heads])
+    return out, lse
+
+
 def choose(impl, q, k, v, plan):
     """The executor for impl: "dense", "fused", "tiled", "row" or "triton"."""
     if impl not in IMPLEMENTATIONS:
@@ -126,10 +151,11 @@ def fold(x, Hkv):
 # ---------------------------------------------------------------------------------------------------------------------
 # dense: the definition
 
-def attend_dense(q, k, v, plan, return_weights=False):
+def attend_dense(q, k, v, plan, return_weights=False, return_scores=False):
     """The whole (Tq, Tk) score matrix, filled in region by region: to read, to differentiate, and for small inputs.
 
-    return_weights: also return the attention weights (B, H, Tq, Tk), float32.
+    return_weights: also return the attention weights (B, H, Tq, Tk), float32. return_scores: return the scores instead,
+    float32, -inf where a key is unseen.
     """
     B, H, Tq, D = q.shape
     Hkv, Tk = k.shape[1:3]
@@ -147,10 +173,20 @@ def attend_dense(q, k, v, plan, return_weights=False):
         # 3. keep the scores of the keys that a query sees in this region
         inside = (j >= region.start[:, None]) & (j < region.end[:, None])  # (Tq, Tk)
         scores = torch.where(inside.to(q.device), s, scores)
+    if return_scores:
+        return scores
     # 4. one softmax over all regions
     weights = scores.softmax(-1)
     out = (fold(weights, Hkv) @ v.float()).view(B, H, Tq, D).to(q.dtype)
     return (out, weights) if return_weights else out
+
+
+def dense_part(q, k, v, plan):
+    """attend_part by attend_dense."""
+    scores = attend_dense(q, k, v, plan, return_scores=True)
+    lse = scores.logsumexp(-1).clamp(min=NEVER)
+    weights = (scores - lse[..., None]).exp()
+    return (fold(weights, k.shape[1]) @ v.float()).view(q.shape), lse
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,6 +213,11 @@ def attend_fused(q, k, v, plan, out=None):
 
 def attend_row(q, k, v, plan, rotated=None, row=None):
     """One query, q (B, H, 1, D): attention to the keys of each region, merged by their log-sum-exp. See attend."""
+    return row_part(q, k, v, plan, rotated, row)[0].to(q.dtype)
+
+
+def row_part(q, k, v, plan, rotated=None, row=None):
+    """attend_row, and the log-sum-exp (B, H, 1) of its scores; what several regions give together is float32."""
     Hkv = k.shape[1]
     if not has_flash(q):
         row = matmul_attention
@@ -196,9 +237,9 @@ def attend_row(q, k, v, plan, rotated=None, row=None):
         lses.append(lse)
     # 3. the regions' parts, weighted by their sums of exp(score)
     if len(outs) == 1:
-        return outs[0].reshape(q.shape)
-    weights = torch.stack(lses).softmax(0)[..., None]
-    return (torch.stack(outs) * weights).sum(0).to(q.dtype).reshape(q.shape)
+        return outs[0].reshape(q.shape), lses[0].reshape(q.shape[:3])
+    out, lse = merge_parts(torch.stack(outs), torch.stack(lses))
+    return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,8 +254,15 @@ def attend_tiled(q, k, v, plan, block_q=256, block_k=1024, out=None):
     devices, every piece is at most block_q rows by block_k keys.
     out: a tensor (B, H, Tq, D) for the result; in float32 it also serves as the running sum.
     """
+    total = out if out is not None and out.dtype == torch.float32 else None
+    total, _ = tiled_part(q, k, v, plan, block_q, block_k, total)
+    return total.to(q.dtype) if out is None else out.copy_(total)
+
+
+def tiled_part(q, k, v, plan, block_q=256, block_k=1024, total=None):
+    """The running sum (B, H, Tq, D) and the log-sum-exp (B, H, Tq) of attend_tiled, float32; total: a tensor for it."""
     fused = has_flash(q) and plan.slopes is None
-    total = out if out is not None and out.dtype == torch.float32 else torch.empty_like(q, dtype=torch.float32)
+    total = torch.empty_like(q, dtype=torch.float32) if total is None else total
     total.zero_()
     lse = torch.full(q.shape[:3], NEVER, device=q.device)
     for key_set in range(len(plan.key_positions)):
@@ -232,7 +280,7 @@ def attend_tiled(q, k, v, plan, block_q=256, block_k=1024, out=None):
                     part = attend_piece(queries, keys[:, :, lo - first:hi - first], v[:, :, lo:hi], bias, kind)
                     seeing = slice(rows.start, rows.start + part[0].shape[2])
                     merge(total[:, :, seeing], lse[:, :, seeing], *part)
-    return total.to(q.dtype) if out is None else out.copy_(total)
+    return total, lse
 
 
 def piece_bias(plan, number, rows, keys, kind, device):
@@ -283,12 +331,24 @@ def merge(out, lse, part, part_lse):
     lse.copy_(torch.logaddexp(lse, part_lse))
 
 
+def merge_parts(outs, lses):
+    """The attention (*, D) to the union of disjoint sets of keys, and its log-sum-exp (*): outs (parts, *, D) and lses
+    (parts, *) of each set. Sets that a query does not see have NEVER; where it sees none, zeros stay zeros."""
+    weights = lses.softmax(0)[..., None]
+    return (outs * weights).sum(0), lses.logsumexp(0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # triton: what runs on a GPU
 
 def attend_triton(q, k, v, plan):
     """The kernels of kernels.py. In prefill they get rotated queries and keys; in decoding they rotate keys themselves,
     as they read them."""
+    return triton_part(q, k, v, plan)[0]
+
+
+def triton_part(q, k, v, plan):
+    """attend_triton, and the log-sum-exp (B, H, Tq) of its scores, float32."""
     import kernels  # here, so that other machines need no Triton
     if plan.Tq == 1:
         if plan.cosine is not None:

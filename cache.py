@@ -1,7 +1,7 @@
 """The cache of a LLaMA: un-rotated keys and values of every layer, and the rotated copies that decoding wants.
 
-Does: hold them, forget the last ones, write them to a file and read them back. Does not: choose positions
-(positions.py) or rotate by itself (rotation.py).
+Does: hold them, attend to them, forget the last ones, write them to a file and read them back. Does not: choose
+positions (positions.py) or rotate by itself (rotation.py). parallel.py has one whose keys are spread over processes.
 
     cache = KVCache(config)
     k, v = cache.append(layer, k, v)            # all keys and values of the layer, (B, Hkv, Tk, D)
@@ -18,6 +18,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from attention import attend
 from plan import same
 from rotation import is_unrotated, rotate_keys
 
@@ -62,6 +63,15 @@ class KVCache:
             stored[layer][:, :, old:new] = fresh
         self.length[layer] = new
         return self.k[layer][:, :, :new], self.v[layer][:, :, :new]
+
+    def attend(self, layer, q, k, v, plan, impl, row):
+        """Append k, v (B, Hkv, T, D); the queries q (B, H, Tq, D) attend to all there are. See attention.attend."""
+        tokens = k.shape[2]
+        k, v = self.append(layer, k, v)                     # (B, Hkv, Tk, D), un-rotated
+        rotated = None
+        if tokens == 1 and not q.is_cuda:                   # decoding; the Triton kernel rotates keys as it reads them
+            rotated = self.rotated(layer, plan)
+        return attend(q, k, v, plan, impl, rotated, row)
 
     def rotated(self, layer, plan):
         """For each of plan.key_positions the layer's keys (B, Hkv, Tk, D) rotated to it; only what is new is computed.

@@ -282,15 +282,16 @@ def system_message(text):
     return [] if text is None else [{"role": "system", "content": text}]
 
 
-def chat(conversation, system=None, first=None, before=(), note=""):
+def chat(conversation, system=None, first=None, before=(), note="", ask=input):
     """Turns of a new Conversation until stdin ends: the line first, if given, then lines from stdin; answers to stdout.
 
     system: the text of its system message. before: ids that its cache holds; note: see Conversation.note; with one,
-    the conversation that it is of goes on. Returns the ids in the cache in the end, and a new note.
+    the conversation that it is of goes on. ask: input, or what reads a line in its place. Returns the ids in the cache
+    in the end, and a new note.
     """
     conversation.begin_with(system_message(system), list(before), note)
     say(COMMANDS)
-    for line in typed_lines(first):
+    for line in typed_lines(first, ask):
         if line == "/exit":
             break
         if line == "/reset":
@@ -306,13 +307,13 @@ def chat(conversation, system=None, first=None, before=(), note=""):
     return conversation.cached, conversation.note()
 
 
-def typed_lines(first=None):
+def typed_lines(first=None, ask=input):
     """Yield first, where it is given, then lines of stdin; Ctrl-C while waiting for one does not end them."""
     if first is not None:
         yield first
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = ask("> " if sys.stdin.isatty() else "")
         except KeyboardInterrupt:
             say(f"\n{COMMANDS}")
             continue

@@ -6,8 +6,10 @@ Does not: decide what a script measures.
     path, config, tokenizer = open_checkpoint(parser.parse_args())
 """
 import argparse
+import contextlib
 import ctypes
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -23,8 +25,10 @@ from checkpoint import find_checkpoint, refuse_unfinished
 from config import Config
 from geometry import METHODS
 from model import DTYPES
+from parallel import spread
 from positions import Method
 from quantized import BITS, bits_asked
+from ranks import TIMEOUT, Ranks, join
 from single_row import has_compiler
 from tasks import passkey_prompt
 from tokenizer import load_tokenizer, until_stop
@@ -34,19 +38,36 @@ from tokenizer import load_tokenizer, until_stop
 # running a script
 
 def run_command(run, name):
-    """Run a script and exit with the code that it returns; bad input is one line on stderr, "name: ...", and code 2."""
+    """Run a script and exit with the code that it returns; bad input is one line on stderr, "name: ...", and code 2.
+
+    Where torchrun has started several processes, run gets their Ranks, as ranks=; only rank 0 prints.
+    """
+    ranks = join(name)
     try:
-        code = run()
+        code = run() if ranks.size == 1 else run_on_ranks(run, ranks)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout has gone; Python would complain again when it flushes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except (ValueError, OSError, OverflowError) as error:
-        say(f"{name}: {error}")
+        ranks.complain(f"{name}: {error}")
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except SystemExit as end:  # of argparse, which has said why
+        code = end.code
+    except RuntimeError as error:
+        ranks.blame(error)
+        raise
+    ranks.leave(code)
     sys.exit(code)
+
+
+def run_on_ranks(run, ranks):
+    """run(ranks=ranks); ValueError for a script that has no use for several processes."""
+    if "ranks" not in inspect.signature(run).parameters:
+        raise ValueError("this script runs in one process, not under torchrun")
+    return run(ranks=ranks)
 
 
 def say(text, end="\n"):
@@ -78,6 +99,8 @@ def new_parser(doc):
     flag("impl", choices=IMPLEMENTATIONS, default="auto", help="how attention is computed")
     flag("train-len", type=number(int, 1), help="override the training length L of config.json")
     flag("quantize", choices=BITS, help="weights of 8 or 4 bits, see quantized.py; default: as stored")
+    flag("timeout", type=number(float, 1), default=TIMEOUT,
+         help="under torchrun: seconds after which a rank that does not answer is given up; default: %(default)g")
     return parser, flag
 
 
@@ -108,6 +131,12 @@ def number(kind, least, most=float("inf")):
         return value
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
+
+
+def share_flag(flag):
+    """Add the flag of an evaluation that says what ranks share out."""
+    flag("share", choices=["trials", "keys"], default="trials", help="what the ranks of torchrun share out: the "
+         "trials, or the keys of every prompt, where one rank has no room for them")
 
 
 def prompt_flags(flag):
@@ -179,6 +208,26 @@ def can_take(config, method):
     except ValueError:
         return False
     return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several processes
+
+def agreed(ranks, args, path, **found):
+    """The Ranks, those of a process alone where ranks is None, once all have the same checkpoint, and the same of all
+    else that is found. ValueError that names who has another."""
+    ranks = ranks or Ranks()
+    ranks.timeout = args.timeout
+    if ranks.size > 1:
+        ranks.check_same(checkpoint=fingerprint(path),
+                         **{name: short_hash(str(value).encode()) for name, value in found.items()})
+    return ranks
+
+
+def spread_keys(model, ranks, args):
+    """Let the ranks of an evaluation hold the keys of every prompt together, where --share says so."""
+    if args.share == "keys":
+        spread(model, ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,28 +446,71 @@ class Results:
 
     rows: {key: row} of the rows in the file that were made with the same settings; a row's key is its values of
     key_fields. Rows of other settings stay in the file, and are not in rows.
+    Of several ranks, which all see the file, each runs what it claims; with together all run everything, rank 0 writes.
     """
 
-    def __init__(self, path, settings, key_fields):
+    def __init__(self, path, settings, key_fields, ranks=None, together=False):
         self.path = Path(path)
         self.settings = settings
         self.key_fields = key_fields
+        self.ranks = ranks or Ranks()
+        self.together = together
         self.rows = {}
         open(self.path, "a").close()  # an OSError, before anything long, where it cannot be written
-        for row in read_rows(self.path):
-            if all(row.get(name) == value for name, value in settings.items()):
-                self.rows[self.key(row)] = row
+        self.rows = self.ranks.share(self.read)
+        if not together:
+            self.ranks.state = "alone"
+
+    def read(self):
+        """The rows of these settings in the file, by key."""
+        with locked(self.path):
+            rows = read_rows(self.path)
+        return {self.key(row): row for row in rows
+                if all(row.get(name) == value for name, value in self.settings.items())}
 
     def key(self, row):
         return tuple(row[name] for name in self.key_fields)
 
+    def claim(self, keys):
+        """Whether this rank is to find the rows of these keys: one is missing, and no other rank is at it."""
+        if all(key in self.rows for key in keys):
+            return False
+        return self.together or self.ranks.claim(keys[0])
+
     def add(self, rows):
         """Append the rows that are not there yet, in one write."""
         fresh = [{**row, **self.settings} for row in rows if self.key(row) not in self.rows]
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in fresh))
+        if not self.together or self.ranks.rank == 0:
+            with locked(self.path):
+                if self.ranks.size > 1:
+                    read_rows(self.path)  # cuts off half a line of a rank that was killed
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write("".join(json.dumps(row) + "\n" for row in fresh))
         for row in fresh:
             self.rows[self.key(row)] = row
+
+    def gather(self):
+        """Take in what the other ranks have found so far."""
+        if self.ranks.size > 1 and not self.together:
+            self.rows = self.read()
+
+    def finish(self):
+        """Wait until all ranks have done what they claimed, and take it in."""
+        self.ranks.barrier()
+        self.gather()
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold a file for this process alone, where the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def read_rows(path):

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from cli import (Results, accuracy, counts, markdown, method_list, methods_asked, model_settings, new_parser, number,
-                 open_checkpoint, place, read_text, run_command, say, select, settings_line, short_hash)
+from cli import (Results, accuracy, agreed, counts, markdown, method_list, methods_asked, model_settings, new_parser,
+                 number, open_checkpoint, place, read_text, run_command, say, select, settings_line, share_flag,
+                 short_hash, spread_keys)
 from generate import decode, prefill, sample
 from model import load_model
 from show import figure_class, heatmap, plot_passkey, say_warnings
@@ -142,6 +143,7 @@ def run_grid(args, model, tokenizer, filler, results):
                 tokens_run += n
             tokens_left -= n
             seconds_left = (time.perf_counter() - start) / max(tokens_run, 1) * tokens_left
+            results.gather()
             share = accuracy(select(results.rows.values(), method=str(method), length=n))
             say(f"{method} {n}: {share:.2f} ({seconds_left:.0f} s left)")
 
@@ -156,7 +158,7 @@ def run_trials(args, model, tokenizer, trials, method, n, results):
     for begin in range(0, len(trials), size):
         batch = trials[begin:begin + size]
         keys = [(str(method), n, trial.cell, trial.number) for trial in batch]
-        if not all(key in results.rows for key in keys):
+        if results.claim(keys):
             results.add(batch_rows(args, model, tokenizer, batch, method, n))
             was_run = True
     return was_run
@@ -246,6 +248,7 @@ def parse_args(argv):
     flag("kmax", action="store_true",
          help=f"the effective window: {KMAX_CELLS} depths, {KMAX_TRIALS} trials, a fifth right")
     flag("results", default="results.jsonl", metavar="FILE")
+    share_flag(flag)
     flag("plot", metavar="FILE", help="heatmaps and accuracy by length as a picture (needs matplotlib)")
     flag("seed", type=number(int, 0), default=0)
     args = parser.parse_args(argv)
@@ -266,8 +269,8 @@ def check(args, config, tokenizer, filler):
     say_warnings(config, args.methods, args.lengths)
 
 
-def run(argv=None):
-    """The command: its exit code."""
+def run(argv=None, ranks=None):
+    """The command: its exit code; ranks: this process among others, a Ranks."""
     args = parse_args(argv)
     path, config, tokenizer = open_checkpoint(args)
     L = config.train_len
@@ -280,10 +283,14 @@ def run(argv=None):
     settings = model_settings(args, path, L, dtype, task=args.task, seed=args.seed, depths=args.depths,
                               trials=args.trials, filler=filler_label, needles=args.needles)
     say(settings_line({**settings, "methods": args.methods, "device": device, "lengths": args.lengths}))
-    results = Results(args.results, settings, ("method", "length", "cell", "trial"))
+    ranks = agreed(ranks, args, path, settings={**settings, "methods": args.methods, "lengths": args.lengths})
+    results = Results(args.results, settings, ("method", "length", "cell", "trial"), ranks, args.share == "keys")
     model = load_model(path, config, dtype, device, quantize=args.quantize)
+    spread_keys(model, ranks, args)
     run_grid(args, model, tokenizer, filler, results)
-    report(args, results.rows.values(), L)
+    results.finish()
+    if ranks.rank == 0:
+        report(args, results.rows.values(), L)
     return 0
 
 

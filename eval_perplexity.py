@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cache import KVCache
-from cli import (Results, markdown, method_list, methods_asked, model_settings, new_parser, number, open_checkpoint,
-                 place, read_text, run_command, say, select, settings_line, short_hash)
+from cli import (Results, agreed, markdown, method_list, methods_asked, model_settings, new_parser, number,
+                 open_checkpoint, place, read_text, run_command, say, select, settings_line, share_flag, short_hash,
+                 spread_keys)
 from model import load_model
+from parallel import new_cache
 from positions import Method
 from show import figure_class, plot_key_tokens, plot_losses, say_warnings
 
@@ -44,7 +45,7 @@ def losses(model, ids, method, chunk=512, impl="auto"):
     n = len(ids)
     device = next(model.parameters()).device
     tokens = torch.tensor([ids])
-    cache = KVCache(model.config, n)
+    cache = new_cache(model, n)
     parts = []
     for begin in range(0, n - 1, chunk):
         end = min(begin + chunk, n - 1)
@@ -79,7 +80,7 @@ def run_documents(args, model, tokenizer, ids, method, results, keys_of):
     front = bos(tokenizer)
     for document in range(args.documents):
         rows_keys = [(str(method), document, bucket) for bucket in range(args.buckets)]
-        if all(key in results.rows for key in rows_keys):
+        if not results.claim(rows_keys):
             continue
         part_ids = document_ids(args, ids, document)
         nll = losses(model, front + part_ids, method, impl=args.impl)
@@ -156,7 +157,7 @@ def run_windows(args, model, tokenizer, ids, method, results):
     """Rows of the mean loss of every window's newly scored tokens that results does not hold yet."""
     windows = sliding_windows(len(ids), args.window - len(bos(tokenizer)), args.stride)
     for index, window in enumerate(windows):
-        if (str(method), index) in results.rows:
+        if not results.claim([(str(method), index)]):
             continue
         nll = losses(model, bos(tokenizer) + ids[window.begin:window.end], method, impl=args.impl)
         nll = nll[-(window.end - window.first_scored):]  # without a BOS the first token of all has no loss
@@ -292,6 +293,7 @@ def parse_args(argv):
     flag("key-gain", type=number(float, 0), default=2.0, help="nats that the whole context saves; default: 2")
     flag("key-most", type=number(float, 0), default=2.0, help="nats of a key token given all; default: 2")
     flag("results", default="perplexity.jsonl", metavar="FILE")
+    share_flag(flag)
     flag("plot", metavar="FILE", help="loss by position as a picture (needs matplotlib)")
     args = parser.parse_args(argv)
     if args.window and (args.length or args.plot or args.longppl):
@@ -349,8 +351,8 @@ def protocol_asked(args, text_tokens):
     return settings, ("method", "document", "bucket")
 
 
-def run(argv=None):
-    """The command: its exit code."""
+def run(argv=None, ranks=None):
+    """The command: its exit code; ranks: this process among others, a Ranks."""
     args = parse_args(argv)
     path, config, tokenizer = open_checkpoint(args)
     L = config.train_len
@@ -366,9 +368,14 @@ def run(argv=None):
     settings = model_settings(args, path, L, dtype, text=Path(args.text).name, text_hash=short_hash(text.encode()),
                               **protocol)
     say(settings_line({**settings, "methods": args.methods, "device": device}))
-    results = Results(args.results, settings, key_fields)
+    ranks = agreed(ranks, args, path, settings={**settings, "methods": args.methods})
+    results = Results(args.results, settings, key_fields, ranks, args.share == "keys")
     model = load_model(path, config, dtype, device, quantize=args.quantize)
+    spread_keys(model, ranks, args)
     run_all(args, model, tokenizer, ids, results)
+    results.finish()
+    if ranks.rank:
+        return 0
     if args.window:
         report_windows(args, results.rows.values())
         return 0

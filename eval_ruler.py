@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 
-from cli import (Results, counts, markdown, method_list, methods_asked, model_settings, new_parser, number,
-                 open_checkpoint, place, read_text, run_command, say, settings_line, short_hash)
+from cli import (Results, agreed, counts, markdown, method_list, methods_asked, model_settings, new_parser, number,
+                 open_checkpoint, place, read_text, run_command, say, settings_line, share_flag, short_hash,
+                 spread_keys)
 from generate import decode, prefill, sample
 from model import load_model
 from ruler_tasks import NIAH, SIZES, TASKS, Size, answer_room, new_material, ruler_prompt, scaled_down, size_for
@@ -305,7 +306,8 @@ def run_grid(args, model, tokenizer, cells, results):
                 tokens_run += cell.length * cell.count
             tokens_left -= cell.length * cell.count
             seconds_left = (time.perf_counter() - start) / max(tokens_run, 1) * tokens_left
-            score = percent([results.rows[key] for key in keys])
+            results.gather()
+            score = percent([results.rows[key] for key in keys if key in results.rows])
             say(f"{method} {cell.task} {cell.length}: {score:.1f} ({seconds_left:.0f} s left)")
 
 
@@ -313,7 +315,7 @@ def run_cases(args, model, tokenizer, cases, method, results):
     """Run the batches of cases that lack a row in results, each batch whole."""
     for batch in batches(cases):
         keys = [(str(method), case.task, case.length, case.number) for case in batch]
-        if all(key in results.rows for key in keys):
+        if not results.claim(keys):
             continue
         rows = []
         for case, answer in zip(batch, answer_batch(model, tokenizer, batch, method, args.impl)):
@@ -424,6 +426,7 @@ def parse_args(argv):
     flag("write", metavar="FILE.jsonl", help="write the prompts, and stop")
     flag("predictions", metavar="FOLDER", help="write the answers as NVIDIA's evaluate.py reads them")
     flag("results", default="ruler.jsonl", metavar="FILE")
+    share_flag(flag)
     flag("plot", metavar="FILE", help="heatmaps and means by length as a picture (needs matplotlib)")
     flag("seed", type=number(int, 0), default=0)
     args = parser.parse_args(argv)
@@ -502,15 +505,16 @@ def check(args, config, lengths):
     say_warnings(config, args.methods, lengths)
 
 
-def run(argv=None):
-    """The command: its exit code."""
+def run(argv=None, ranks=None):
+    """The command: its exit code; ranks: this process among others, a Ranks."""
     args = parse_args(argv)
     path, config, tokenizer = open_checkpoint(args)
     L = config.train_len
     args.methods = methods_asked(config, args.methods, (config.freq, *DEFAULT_METHODS))
     cells, prompt_settings = prompts_asked(args, tokenizer, L)
     if args.write:
-        write_cases(args.write, cells)
+        if ranks is None or ranks.rank == 0:
+            write_cases(args.write, cells)
         return 0
     lengths = list(dict.fromkeys(cell.length for cell in cells))
     check(args, config, lengths)
@@ -518,9 +522,14 @@ def run(argv=None):
 
     settings = model_settings(args, path, L, dtype, **prompt_settings, score_by=args.score)
     say(settings_line({**settings, "methods": args.methods, "device": device, "lengths": lengths}))
-    results = Results(args.results, settings, ("method", "task", "length", "trial"))
+    ranks = agreed(ranks, args, path, settings={**settings, "methods": args.methods, "lengths": lengths})
+    results = Results(args.results, settings, ("method", "task", "length", "trial"), ranks, args.share == "keys")
     model = load_model(path, config, dtype, device, quantize=args.quantize)
+    spread_keys(model, ranks, args)
     run_grid(args, model, tokenizer, cells, results)
+    results.finish()
+    if ranks.rank:
+        return 0
 
     keys = [(str(method), cell.task, cell.length, number)
             for method in args.methods for cell in cells for number in range(cell.count)]

@@ -11,16 +11,17 @@ from functools import partial
 import torch
 
 import hf
-from cache import KVCache
+import parallel
 from chat import Conversation, chat, open_template
 from checkpoint import find_checkpoint
-from cli import (cache_settings, compile_dense, keep_cache, method_list, new_parser, number, open_cache,
+from cli import (agreed, cache_settings, compile_dense, keep_cache, method_list, new_parser, number, open_cache,
                  open_checkpoint, pick_device, pick_dtype, place, progress_of, prompt_flags, prompt_ids, read_prompt,
                  run_command, say, settings_line, type_name, write_stream)
 from frequencies import FREQUENCIES, SCALES
 from geometry import METHODS
 from model import load_model
 from positions import Method, parse_settings, setting_text
+from ranks import Ranks
 from show import explain, list_methods, method_note, say_warnings
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,7 +60,9 @@ def prefill(model, tokens, method, room=64, chunk=8192, impl="auto", progress=No
     """
     n = tokens.shape[1]
     device = next(model.parameters()).device
-    cache = KVCache(model.config) if cache is None else cache
+    cache = parallel.new_cache(model) if cache is None else cache
+    if isinstance(cache, parallel.SpreadCache):
+        return parallel.prefill(model, tokens, method, cache, room, chunk, impl, progress)
     cache.size = max(cache.size, n + min(room, 1024))
     cache.cut(min(len(cache), n - 1))  # the last token is computed anew for its logits, if it is in the cache
     for begin in range(len(cache), n, chunk):
@@ -84,6 +87,8 @@ def decode(model, logits, cache, method, n, choose, max_new_tokens, impl="auto")
     """
     for step in range(max_new_tokens):
         token = choose(logits)
+        if model.ranks:
+            token = model.ranks.agree(token)
         yield token
         if step + 1 == max_new_tokens:
             return  # nobody wants the logits after the last token
@@ -179,12 +184,38 @@ def warn(args, config, method, n):
     say_warnings(config, [method], [max(n, 1)], 0 if args.explain else min(args.max_new_tokens, 10 ** 6))
 
 
-def run(argv=None):
-    """The command: its exit code."""
+def shared_input(ranks):
+    """input, where rank 0 alone has a stdin."""
+    def read(prompt):
+        try:
+            return input(prompt)
+        except EOFError:
+            return None
+
+    def ask(prompt):
+        line = ranks.share(partial(read, prompt), "asking")
+        if line is None:
+            raise EOFError
+        return line
+    return input if ranks.size == 1 else ask
+
+
+def check_ranks(args, ranks):
+    """ValueError for flags that several processes cannot follow."""
+    if ranks.size > 1 and (args.save_cache or args.load_cache):
+        raise ValueError("--save-cache and --load-cache are for one process, not for several")
+    if ranks.size > 1 and hf.takes(find_checkpoint(args.ckpt)):
+        raise ValueError(f"{args.ckpt}: a family that runs through transformers runs in one process")
+
+
+def run(argv=None, ranks=None):
+    """The command: its exit code; ranks: this process among others, a Ranks."""
     args = parse_args(argv)
+    ranks = ranks or Ranks()
     if args.list_methods:
         print(list_methods())
         return 0
+    check_ranks(args, ranks)
     if hf.takes(find_checkpoint(args.ckpt)):
         return run_in_transformers(args)
     path, config, tokenizer = open_checkpoint(args)
@@ -194,11 +225,15 @@ def run(argv=None):
     saving = cache_settings(args, path, config, method, dtype)
     cache, before, note = open_cache(args.load_cache, config, saving, device)
     template = open_template(path, args.system) if args.chat else None
-    text = read_prompt(args)
+    text = ranks.share(partial(read_prompt, args)) if args.prompt_file == "-" else read_prompt(args)
     ids = list(before) if args.chat else prompt_ids(args, text, tokenizer, config.train_len, before)
+    agreed(ranks, args, path, prompt=ids, method=method, type=dtype)
     warn(args, config, method, len(ids))
     if args.explain:
         print(explain(config, method, len(ids), args.max_new_tokens, dtype, args.quantize))
+    if args.explain and ranks.size > 1:
+        print(parallel.explain_ranks(config, method, len(ids), args.max_new_tokens, ranks.size, dtype,
+                                     args.prefill_chunk))
     tokens = 0 if args.explain else args.max_new_tokens  # that compiling may pay for
     model = load_model(path, config, dtype, device, 10 ** 9 if args.compile else tokens, args.quantize)
     if args.explain:
@@ -206,6 +241,8 @@ def run(argv=None):
         return 0
     if args.compile:
         compile_dense(model)
+    parallel.spread(model, ranks)
+    cache = cache if ranks.size == 1 else parallel.new_cache(model)
     say(settings_line(resolved_settings(args, config, method, len(ids), dtype, device)))
     answer = partial(generate, model, method=method, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                      top_k=args.top_k, top_p=args.top_p, seed=args.seed, prefill_chunk=args.prefill_chunk,
@@ -213,7 +250,7 @@ def run(argv=None):
     code = 0
     if args.chat:
         turns = Conversation(tokenizer, template, answer, cache, args.stop, partial(warn, args, config, method))
-        ids, note = chat(turns, args.system, text, before, note)
+        ids, note = chat(turns, args.system, text, before, note, shared_input(ranks))
     else:
         code = write_stream(answer(ids), tokenizer, ids, device, args.stop, len(before))
     keep_cache(args.save_cache, cache, ids, saving, note if args.chat else "")

@@ -29,6 +29,8 @@ import triton
 import triton.language as tl
 
 LOG2E = math.log2(math.e)  # the kernels work with powers of two
+LN2 = tl.constexpr(math.log(2))
+NEVER = tl.constexpr(-1e30)  # the log of a weight that is zero, as in tiles.py
 # (bytes per number, head width padded to a power of two) -> queries and keys per tile, warps, pipeline stages
 PREFILL = {(2, 64): (128, 64, 8, 3), (2, 128): (128, 64, 8, 3), (2, 256): (64, 32, 4, 2), (4, 128): (64, 32, 4, 2),
            (4, 256): (32, 32, 4, 2)}
@@ -94,7 +96,7 @@ def spans(lo, hi, Tk, BN: tl.constexpr):
 
 
 @triton.jit
-def prefill_kernel(Q, K, V, OUT, START, END, QPOS, KPOS, TILTS, KEYSET, R, Tq, Tk, H, G, scale,
+def prefill_kernel(Q, K, V, OUT, LSE, START, END, QPOS, KPOS, TILTS, KEYSET, R, Tq, Tk, H, G, scale,
                    q_r: tl.int64, q_b: tl.int64, q_h: tl.int64, q_t: tl.int64,
                    k_r: tl.int64, k_b: tl.int64, k_h: tl.int64, k_t: tl.int64,
                    v_b: tl.int64, v_h: tl.int64, v_t: tl.int64, o_b: tl.int64, o_h: tl.int64, o_t: tl.int64,
@@ -131,8 +133,11 @@ def prefill_kernel(Q, K, V, OUT, START, END, QPOS, KPOS, TILTS, KEYSET, R, Tq, T
                          False, TILT, D, DP, BN, PRECISION)
         acc, m, l = walk(acc, m, l, q, Kh, Vh, KPOS + r * Tk, q_pos, tilt, lo, hi, full1, last, k_t, v_t, scale,
                          True, TILT, D, DP, BN, PRECISION)
+    some = l > 0  # of the keys of one process among several a query may see none
+    l = tl.where(some, l, 1.0)
     tl.store(OUT + b * o_b + h * o_h + i[:, None] * o_t + d[None, :], (acc / l[:, None]).to(OUT.dtype.element_ty),
              mask=(i < Tq)[:, None] & (d < D)[None, :])
+    tl.store(LSE + tl.program_id(1) * Tq + i, tl.where(some, (m + tl.log2(l)) * LN2, NEVER), mask=i < Tq)
 
 
 @triton.jit
@@ -211,7 +216,8 @@ def decode_kernel(Q, K, V, ANGLE, COS, SIN, DISTANCE, TILTS, BLOCKS, OUT, LSE, s
 # prefill: from a Plan to the arguments of its kernel
 
 def prefill(queries, keys, v, plan):
-    """Attention (B, H, Tq, D) by the prefill kernel.
+    """Attention (B, H, Tq, D) by the prefill kernel, and the log-sum-exp (B, H, Tq) of its scores, float32: NEVER for a
+    query that sees nothing, which gets zeros.
 
     queries (R, B, H, Tq, D): q rotated for each region of the plan, times the attention scale. keys (key sets, B, Hkv,
     Tk, D): k rotated for each of plan.key_positions. v (B, Hkv, Tk, D).
@@ -220,16 +226,17 @@ def prefill(queries, keys, v, plan):
     Hkv, Tk = v.shape[1:3]
     v = v if v.stride(-1) == 1 else v.contiguous()
     out = torch.empty_like(queries[0])
+    lse = queries.new_empty(B, H, Tq, dtype=torch.float32)
     vectors = plan.shared(("prefill vectors", str(v.device)), lambda: prefill_vectors(plan, v.device))
     DP = max(16, triton.next_power_of_2(D))
     BM, BN, warps, stages = PREFILL.get((v.element_size(), DP), SMALL)
     stages = fitting_stages(stages, BM, BN, DP * v.element_size(), shared_memory(v.device))
     prefill_kernel[(triton.cdiv(Tq, BM), B * H)](
-        queries, keys, v, out, *vectors, R, Tq, Tk, H, H // Hkv, LOG2E / math.sqrt(D),
+        queries, keys, v, out, lse, *vectors, R, Tq, Tk, H, H // Hkv, LOG2E / math.sqrt(D),
         *queries.stride()[:4], *keys.stride()[:4], *v.stride()[:3], *out.stride()[:3],
         TILT=plan.slopes is not None, D=D, DP=DP, BM=BM, BN=BN, PRECISION=precision(v.dtype),
         num_warps=warps, num_stages=stages)
-    return out
+    return out, lse
 
 
 def prefill_vectors(plan, device):
@@ -271,7 +278,9 @@ def precision(dtype):
 # decoding: from a Plan to the arguments of its kernel
 
 def decode(q, k, v, plan):
-    """Attention (B, H, 1, D) by the decoding kernel: q (B, H, 1, D), k and v (B, Hkv, Tk, D), none of them rotated.
+    """Attention (B, H, 1, D) by the decoding kernel, and the log-sum-exp (B, H, 1) of its scores, float32.
+
+    q (B, H, 1, D), k and v (B, Hkv, Tk, D), none of them rotated.
 
     The plan's attention scale is applied here; CosScale's unit lengths are the caller's.
     """
@@ -298,8 +307,9 @@ def decode(q, k, v, plan):
         INTERLEAVED=plan.interleaved, EP=max(16, DP // 2), DP=DP, BN=BN, PRECISION=precision(q.dtype),
         num_warps=warps, num_stages=stages)
     # the programs' parts, weighted by their sums of exp(score)
-    weights = (lse * math.log(2)).softmax(0)
-    return (out * weights[..., None]).sum(0)[:, :, None].to(q.dtype)
+    lse = lse * math.log(2)
+    weights = lse.softmax(0)
+    return (out * weights[..., None]).sum(0)[:, :, None].to(q.dtype), lse.logsumexp(0)[:, :, None]
 
 
 def decode_vectors(plan, BN, D, device):

@@ -79,17 +79,15 @@ class Attention(nn.Module):
         q = self.heads(self.q_proj(x[:, -plan.Tq:]))    # (B, H, Tq, D)
         k = self.heads(self.k_proj(x))                  # (B, Hkv, T, D)
         v = self.heads(self.v_proj(x))
-        rotated = None
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)       # (B, Hkv, Tk, D), un-rotated
-            if x.shape[1] == 1 and not x.is_cuda:       # decoding; the Triton kernel rotates keys as it reads them
-                rotated = cache.rotated(self.layer, plan)
-        out = attend(q, k, v, plan, impl, rotated, self.row)    # (B, H, Tq, D)
+        if cache is None:
+            out = attend(q, k, v, plan, impl, row=self.row)                     # (B, H, Tq, D)
+        else:
+            out = cache.attend(self.layer, q, k, v, plan, impl, self.row)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def heads(self, x):
         """(B, T, heads * D) -> (B, heads, T, D)."""
-        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        return x.view(*x.shape[:2], x.shape[-1] // self.head_dim, self.head_dim).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -153,6 +151,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.ways = Ways()                              # how a single row is computed, see use_ways
+        self.ranks = None                               # the processes that its keys are spread over, see parallel.py
         self.plan = config.plan                         # plan = model.plan("mesa", n=len(ids))
         self.model = Decoder(config)
         if not config.tie_word_embeddings:

@@ -79,8 +79,26 @@ class Plan:
 
     def last(self):
         """The plan of the last query alone."""
-        regions = [Region(r.q_pos[-1:], r.k_pos, r.start[-1:], r.end[-1:]) for r in self.regions]
-        return replace(self, regions=regions, q_scale=None if self.q_scale is None else self.q_scale[-1:])
+        return self.of_queries(slice(-1, None))
+
+    def of_queries(self, rows):
+        """The plan of some of its queries: a slice, or indices in rising order."""
+        regions = [Region(r.q_pos[rows], r.k_pos, r.start[rows], r.end[rows]) for r in self.regions]
+        return replace(self, regions=regions, q_scale=None if self.q_scale is None else self.q_scale[rows])
+
+    def of_keys(self, keys):
+        """The plan for some of its keys alone, indices in rising order: keys 0 10 20 of an interval [5, 25) are [1, 3).
+
+        One interval stays one interval. The attention scale stays that of all keys. None where none of them is seen.
+        """
+        regions = []
+        for r in self.regions:
+            start = torch.searchsorted(keys, r.start)
+            end = torch.searchsorted(keys, r.end)
+            regions.append(Region(r.q_pos, r.k_pos[keys], start, end))
+        if not any(bool((r.end > r.start).any()) for r in regions):
+            return None
+        return replace(self, regions=regions)
 
 
 def same(a, b):
@@ -156,6 +174,16 @@ def largest_within(values, start, end):
 def visible_keys(plan):
     """Number of keys that each query sees, (Tq,) int64. Its sum is the cost of the method in (query, key) pairs."""
     return sum((r.end - r.start).clamp(min=0) for r in plan.regions)
+
+
+def is_seen(plan):
+    """Which keys some query sees, (Tk,) bool, in O(Tq + Tk)."""
+    steps = torch.zeros(plan.Tk + 1, dtype=torch.int64)  # at every key, how many intervals begin less how many end
+    for r in plan.regions:
+        visible = r.end > r.start
+        steps += torch.bincount(r.start[visible], minlength=plan.Tk + 1)
+        steps -= torch.bincount(r.end[visible], minlength=plan.Tk + 1)
+    return steps.cumsum(0)[:-1] > 0
 
 
 def distance(plan):

@@ -19,7 +19,7 @@ from frequencies import FREQUENCIES, SCALES, UNROTATED, pick, rope, whole
 from geometry import METHODS, cosscale, full
 from model import Llama
 from page import write_page
-from plan import Region, distance, farthest, visible_keys
+from plan import distance, farthest, visible_keys
 from positions import Method, make_plan, parameters, parse_settings
 from quantized import bits_asked, quantize_layers
 from rotation import is_unrotated
@@ -313,17 +313,7 @@ def small_picture(config, method, n):
     """The distances between up to SAMPLES tokens, evenly spread over a prompt of n, as text."""
     samples = torch.linspace(0, n - 1, min(n, SAMPLES)).round().long()
     plan = method.plan(config, n, samples, torch.arange(n))
-    return picture(with_keys(plan, samples))
-
-
-def with_keys(plan, keys):
-    """The plan for these keys alone, indices in rising order: keys 0 10 20 of an interval [5, 25) are [1, 3)."""
-    regions = []
-    for r in plan.regions:
-        start = torch.searchsorted(keys, r.start)
-        end = torch.searchsorted(keys, r.end)
-        regions.append(Region(r.q_pos, r.k_pos[keys], start, end))
-    return replace(plan, regions=regions)
+    return picture(plan.of_keys(samples))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

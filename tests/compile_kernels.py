@@ -54,8 +54,8 @@ def prefill_binary(D, arch, tilt=False):
     BM, BN, warps, stages = kernels.PREFILL.get((2, D), kernels.SMALL)
     stages = kernels.fitting_stages(stages, BM, BN, D * 2, SHARED[arch])
     constants = dict(TILT=tilt, D=D, DP=D, BM=BM, BN=BN, PRECISION="tf32")
-    pointers = dict(Q="*bf16", K="*bf16", V="*bf16", OUT="*bf16", START="*i32", END="*i32", QPOS="*fp32", KPOS="*fp32",
-                    TILTS="*fp32", KEYSET="*i64")
+    pointers = dict(Q="*bf16", K="*bf16", V="*bf16", OUT="*bf16", LSE="*fp32", START="*i32", END="*i32",
+                    QPOS="*fp32", KPOS="*fp32", TILTS="*fp32", KEYSET="*i64")
     return compiled(kernels.prefill_kernel, constants, pointers, arch, warps, stages)
 
 
