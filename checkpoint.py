@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import safetensors
+import torch
 
 from frequencies import FREQUENCIES, UNROTATED, whole
 from positions import parameters
@@ -155,10 +156,11 @@ def read_weights(path, shapes, dtype=None, device="cpu"):
     return dict(read_tensors(path, shapes, dtype, device))
 
 
-def read_tensors(path, shapes, dtype=None, device="cpu", changes=None):
+def read_tensors(path, shapes, dtype=None, device="cpu", changes=None, parts=None):
     """Yield (name, tensor) for the {name: shape} wanted of a folder; dtype None keeps the stored type.
 
     changes: {name: f}; of such a tensor, as it is stored, the items of the dict f(tensor) come instead.
+    parts: {name: slices}; of such a tensor only tensor[slices] is read, in memory of its own.
     Where neither type nor device changes, weights that would fill more than a quarter of the free memory stay
     memory-mapped files; smaller ones are copied, as decoding reads memory of its own faster.
     Raises ValueError or FileNotFoundError, naming file and tensor, for what is missing, extra, misshapen or of a type
@@ -167,13 +169,14 @@ def read_tensors(path, shapes, dtype=None, device="cpu", changes=None):
     files = weight_files(Path(path))
     copied = weight_bytes(path) < available_memory() / 4
     found = set()
+    parts = parts or {}
     for file in sorted(files, key=file_size, reverse=True):  # what is mapped while it is copied gets smaller
         for name in checked_names(file, files[file], shapes):
             found.add(name)
             if changes and name in changes:
-                yield from changes[name](read_tensor(file, name, None, device, False)).items()
+                yield from changes[name](read_tensor(file, name, None, device, False, parts.get(name))).items()
             else:
-                yield name, read_tensor(file, name, dtype, device, copied)
+                yield name, read_tensor(file, name, dtype, device, copied, parts.get(name))
     missing = sorted(shapes.keys() - found)
     if missing:
         raise ValueError(f"{path}: the checkpoint lacks {len(missing)} tensors, among them {missing[0]}")
@@ -250,10 +253,13 @@ def check_tensor(file, name, shape, dtype, shapes):
         raise ValueError(f"{file}: {name} is of type {dtype}; quantised weights are read as quantize.py writes them")
 
 
-def read_tensor(file, name, dtype, device, copied):
+def read_tensor(file, name, dtype, device, copied, part=None):
     """One tensor, mapped to the file or copied from it; its file is opened for it alone, so that no more of it is held
-    than is in use."""
+    than is in use. part: slices, of which alone a copy is made."""
     with safetensors.safe_open(file, framework="pt", device="cpu") as f:
+        if part is not None:  # a mapped view, which along the second dimension does not lie in one piece
+            slices = f.get_slice(name)[part].clone(memory_format=torch.contiguous_format)
+            return slices.to(device=device, dtype=dtype if slices.is_floating_point() else None)
         mapped = f.get_tensor(name)
     tensor = mapped.to(device=device, dtype=dtype if mapped.is_floating_point() else None)
     return tensor.clone() if copied and tensor is mapped else tensor

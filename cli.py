@@ -24,11 +24,12 @@ from cache import KVCache, load_cache, save_cache
 from checkpoint import find_checkpoint, refuse_unfinished
 from config import Config
 from geometry import METHODS
-from model import DTYPES
+from model import DTYPES, load_model
 from parallel import spread
 from positions import Method
 from quantized import BITS, bits_asked
 from ranks import TIMEOUT, Ranks, join
+from shards import load_shard
 from single_row import has_compiler
 from tasks import passkey_prompt
 from tokenizer import load_tokenizer, until_stop
@@ -99,6 +100,8 @@ def new_parser(doc):
     flag("impl", choices=IMPLEMENTATIONS, default="auto", help="how attention is computed")
     flag("train-len", type=number(int, 1), help="override the training length L of config.json")
     flag("quantize", choices=BITS, help="weights of 8 or 4 bits, see quantized.py; default: as stored")
+    flag("tensor-parallel", type=number(int, 1), default=1, metavar="N",
+         help="under torchrun: cut the matrices among N ranks; default: 1")
     flag("timeout", type=number(float, 1), default=TIMEOUT,
          help="under torchrun: seconds after which a rank that does not answer is given up; default: %(default)g")
     return parser, flag
@@ -224,10 +227,23 @@ def agreed(ranks, args, path, **found):
     return ranks
 
 
-def spread_keys(model, ranks, args):
-    """Let the ranks of an evaluation hold the keys of every prompt together, where --share says so."""
-    if args.share == "keys":
+def is_together(args):
+    """Whether the ranks of an evaluation all work on every prompt."""
+    return args.share == "keys" or args.tensor_parallel > 1
+
+
+def open_model(args, path, config, dtype, device, ranks, tokens=0, together=True):
+    """The model of --quantize and --tensor-parallel, in evaluation mode, its keys spread over ranks where they work
+    together; tokens as in model.load_model."""
+    if args.tensor_parallel > 1:
+        keys, matrices = ranks.split(args.tensor_parallel)
+        model = load_shard(path, config, matrices, dtype, device, tokens, args.quantize)
+        spread(model, keys)
+        return model
+    model = load_model(path, config, dtype, device, tokens, args.quantize)
+    if together:
         spread(model, ranks)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,7 +475,7 @@ class Results:
         open(self.path, "a").close()  # an OSError, before anything long, where it cannot be written
         self.rows = self.ranks.share(self.read)
         if not together:
-            self.ranks.state = "alone"
+            self.ranks.life.state = "alone"
 
     def read(self):
         """The rows of these settings in the file, by key."""

@@ -38,6 +38,8 @@ class Config:
     interleaved: bool = False                        # pairs of channels (2p, 2p + 1), not (p, p + rotary_dim/2)
     bits: int | None = None                          # our key quantization: weights stored in 8 or 4 bits; None: plain
     cosine_attention: float | None = None            # our key: logits are this times the cosine of q and k (CosScale)
+    first_head: int = 0                              # where a process has some of the heads alone (shards.py): which,
+    all_heads: int | None = None                     # and how many there are; None: it has all
 
     @staticmethod
     def from_hf(path, train_len=None):

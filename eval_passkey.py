@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 
-from cli import (Results, accuracy, agreed, counts, markdown, method_list, methods_asked, model_settings, new_parser,
-                 number, open_checkpoint, place, read_text, run_command, say, select, settings_line, share_flag,
-                 short_hash, spread_keys)
+from cli import (Results, accuracy, agreed, counts, is_together, markdown, method_list, methods_asked, model_settings,
+                 new_parser, number, open_checkpoint, open_model, place, read_text, run_command, say, select,
+                 settings_line, share_flag, short_hash)
 from generate import decode, prefill, sample
-from model import load_model
 from show import figure_class, heatmap, plot_passkey, say_warnings
 from tasks import FILLER, NAMES, TASKS, Prompt, answer_text, passkey_prompt, random_digits, record_prompt
 
@@ -284,9 +283,8 @@ def run(argv=None, ranks=None):
                               trials=args.trials, filler=filler_label, needles=args.needles)
     say(settings_line({**settings, "methods": args.methods, "device": device, "lengths": args.lengths}))
     ranks = agreed(ranks, args, path, settings={**settings, "methods": args.methods, "lengths": args.lengths})
-    results = Results(args.results, settings, ("method", "length", "cell", "trial"), ranks, args.share == "keys")
-    model = load_model(path, config, dtype, device, quantize=args.quantize)
-    spread_keys(model, ranks, args)
+    results = Results(args.results, settings, ("method", "length", "cell", "trial"), ranks, is_together(args))
+    model = open_model(args, path, config, dtype, device, ranks, together=is_together(args))
     run_grid(args, model, tokenizer, filler, results)
     results.finish()
     if ranks.rank == 0:

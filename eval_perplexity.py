@@ -21,10 +21,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cli import (Results, agreed, markdown, method_list, methods_asked, model_settings, new_parser, number,
-                 open_checkpoint, place, read_text, run_command, say, select, settings_line, share_flag, short_hash,
-                 spread_keys)
-from model import load_model
+from cli import (Results, agreed, is_together, markdown, method_list, methods_asked, model_settings, new_parser, number,
+                 open_checkpoint, open_model, place, read_text, run_command, say, select, settings_line, share_flag,
+                 short_hash)
 from parallel import new_cache
 from positions import Method
 from show import figure_class, plot_key_tokens, plot_losses, say_warnings
@@ -369,9 +368,8 @@ def run(argv=None, ranks=None):
                               **protocol)
     say(settings_line({**settings, "methods": args.methods, "device": device}))
     ranks = agreed(ranks, args, path, settings={**settings, "methods": args.methods})
-    results = Results(args.results, settings, key_fields, ranks, args.share == "keys")
-    model = load_model(path, config, dtype, device, quantize=args.quantize)
-    spread_keys(model, ranks, args)
+    results = Results(args.results, settings, key_fields, ranks, is_together(args))
+    model = open_model(args, path, config, dtype, device, ranks, together=is_together(args))
     run_all(args, model, tokenizer, ids, results)
     results.finish()
     if ranks.rank:

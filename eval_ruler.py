@@ -23,11 +23,10 @@ from pathlib import Path
 
 import torch
 
-from cli import (Results, agreed, counts, markdown, method_list, methods_asked, model_settings, new_parser, number,
-                 open_checkpoint, place, read_text, run_command, say, settings_line, share_flag, short_hash,
-                 spread_keys)
+from cli import (Results, agreed, counts, is_together, markdown, method_list, methods_asked, model_settings, new_parser,
+                 number, open_checkpoint, open_model, place, read_text, run_command, say, settings_line, share_flag,
+                 short_hash)
 from generate import decode, prefill, sample
-from model import load_model
 from ruler_tasks import NIAH, SIZES, TASKS, Size, answer_room, new_material, ruler_prompt, scaled_down, size_for
 from show import figure_class, plot_ruler, say_warnings
 
@@ -523,9 +522,8 @@ def run(argv=None, ranks=None):
     settings = model_settings(args, path, L, dtype, **prompt_settings, score_by=args.score)
     say(settings_line({**settings, "methods": args.methods, "device": device, "lengths": lengths}))
     ranks = agreed(ranks, args, path, settings={**settings, "methods": args.methods, "lengths": lengths})
-    results = Results(args.results, settings, ("method", "task", "length", "trial"), ranks, args.share == "keys")
-    model = load_model(path, config, dtype, device, quantize=args.quantize)
-    spread_keys(model, ranks, args)
+    results = Results(args.results, settings, ("method", "task", "length", "trial"), ranks, is_together(args))
+    model = open_model(args, path, config, dtype, device, ranks, together=is_together(args))
     run_grid(args, model, tokenizer, cells, results)
     results.finish()
     if ranks.rank:

@@ -15,11 +15,10 @@ import parallel
 from chat import Conversation, chat, open_template
 from checkpoint import find_checkpoint
 from cli import (agreed, cache_settings, compile_dense, keep_cache, method_list, new_parser, number, open_cache,
-                 open_checkpoint, pick_device, pick_dtype, place, progress_of, prompt_flags, prompt_ids, read_prompt,
-                 run_command, say, settings_line, type_name, write_stream)
+                 open_checkpoint, open_model, pick_device, pick_dtype, place, progress_of, prompt_flags, prompt_ids,
+                 read_prompt, run_command, say, settings_line, type_name, write_stream)
 from frequencies import FREQUENCIES, SCALES
 from geometry import METHODS
-from model import load_model
 from positions import Method, parse_settings, setting_text
 from ranks import Ranks
 from show import explain, list_methods, method_note, say_warnings
@@ -204,6 +203,8 @@ def check_ranks(args, ranks):
     """ValueError for flags that several processes cannot follow."""
     if ranks.size > 1 and (args.save_cache or args.load_cache):
         raise ValueError("--save-cache and --load-cache are for one process, not for several")
+    if args.tensor_parallel > 1 and args.compile:
+        raise ValueError("--compile does not go with --tensor-parallel")
     if ranks.size > 1 and hf.takes(find_checkpoint(args.ckpt)):
         raise ValueError(f"{args.ckpt}: a family that runs through transformers runs in one process")
 
@@ -231,17 +232,16 @@ def run(argv=None, ranks=None):
     warn(args, config, method, len(ids))
     if args.explain:
         print(explain(config, method, len(ids), args.max_new_tokens, dtype, args.quantize))
-    if args.explain and ranks.size > 1:
-        print(parallel.explain_ranks(config, method, len(ids), args.max_new_tokens, ranks.size, dtype,
-                                     args.prefill_chunk))
+    if args.explain and ranks.size > args.tensor_parallel:
+        print(parallel.explain_ranks(config, method, len(ids), args.max_new_tokens, ranks.size // args.tensor_parallel,
+                                     dtype, args.prefill_chunk))
     tokens = 0 if args.explain else args.max_new_tokens  # that compiling may pay for
-    model = load_model(path, config, dtype, device, 10 ** 9 if args.compile else tokens, args.quantize)
+    model = open_model(args, path, config, dtype, device, ranks, 10 ** 9 if args.compile else tokens)
     if args.explain:
         print(f"decoding on {device}: {model.ways}")
         return 0
     if args.compile:
         compile_dense(model)
-    parallel.spread(model, ranks)
     cache = cache if ranks.size == 1 else parallel.new_cache(model)
     say(settings_line(resolved_settings(args, config, method, len(ids), dtype, device)))
     answer = partial(generate, model, method=method, max_new_tokens=args.max_new_tokens, temperature=args.temperature,

@@ -290,7 +290,7 @@ class SpreadCache:
 
     def attend(self, layer, q, k, v, plan, impl, row):
         """As KVCache.attend, by a Share, or by a Plan for all keys: then every rank has the same q, k and v."""
-        self.ranks.progress += 1
+        self.ranks.life.progress += 1
         if isinstance(plan, Share):
             return self.attend_share(layer, q, k, v, plan, impl)
         return self.attend_together(layer, q, k, v, plan, impl, row)
@@ -414,8 +414,9 @@ def take(x, places):
 
 def spread(model, ranks):
     """Let the caches of a Llama be spread over ranks. ValueError where they have no GPU each."""
-    if ranks.size > 1 and next(model.parameters()).is_cuda and not ranks.has_nccl:
-        raise ValueError(f"{ranks.size} ranks need as many GPUs; --device cpu runs without")
+    processes = (ranks.whole or ranks).size
+    if processes > 1 and next(model.parameters()).is_cuda and not ranks.has_nccl:
+        raise ValueError(f"{processes} ranks need as many GPUs; --device cpu runs without")
     model.ranks = ranks
 
 

@@ -117,9 +117,13 @@ class Method:
             raise ValueError(f"this model has no rotary positions ({config.freq}), so {asked_freq} sets nothing")
         i = torch.arange(n) if i is None else i
         j = torch.arange(n) if j is None else j
-        return make_plan(method, i, j, n=n, L=config.train_len, D=config.head_dim, H=config.num_attention_heads,
+        heads = config.num_attention_heads
+        plan = make_plan(method, i, j, n=n, L=config.train_len, D=config.head_dim, H=config.all_heads or heads,
                          base=config.rope_theta, cosine=config.cosine_attention, rotary_dim=config.rotary_dim,
                          interleaved=config.interleaved)
+        if plan.slopes is not None:
+            plan.slopes = plan.slopes[config.first_head:config.first_head + heads]
+        return plan
 
 
 def parse_settings(texts):

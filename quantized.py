@@ -212,11 +212,11 @@ def shapes_of(model):
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def weights_of(model, path, dtype=None, device="cpu", quantize=None):
+def weights_of(model, path, dtype=None, device="cpu", quantize=None, shapes=None, parts=None):
     """Yield (name, tensor) for a Llama on the meta device, whose layers are changed to take them: the weights of a
-    folder, each quantised as soon as it is read where that is asked for."""
+    folder, each quantised as soon as it is read where that is asked for. shapes, parts: see load_weights."""
     bits = bits_asked(model.config, quantize)
-    shapes = shapes_of(model)
+    shapes = shapes or shapes_of(model)
     changes = {}
     if bits:
         layers = quantize_layers(model, bits)
@@ -225,12 +225,15 @@ def weights_of(model, path, dtype=None, device="cpu", quantize=None):
         else:
             changes = {f"{name}.weight": partial(quantized_tensors, layer, name, dtype)
                        for name, layer in layers.items()}
-    return read_tensors(path, shapes, dtype, device, changes)
+    return read_tensors(path, shapes, dtype, device, changes, parts)
 
 
-def load_weights(model, path, dtype=None, device="cpu", quantize=None):
-    """Give a Llama on the meta device the weights of a folder; see model.load."""
-    tensors = weights_of(model, path, dtype, device, quantize)
+def load_weights(model, path, dtype=None, device="cpu", quantize=None, shapes=None, parts=None):
+    """Give a Llama on the meta device the weights of a folder; see model.load.
+
+    Where it is but a part of the model: shapes, {name: shape} of the whole one, and parts, see read_tensors.
+    """
+    tensors = weights_of(model, path, dtype, device, quantize, shapes, parts)
     model.load_state_dict(dict(tensors), assign=True)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -26,6 +26,13 @@ TIMEOUT = 30.0   # seconds after which a rank that does not answer, or lets the 
 LOADING = 20     # times as long it may take to load its weights
 FOREVER = timedelta(days=30)  # the limit of torch's own waits: the watch has another, and says who is late
 STATES = ("starting", "alone", "computing", "waiting", "asking", "done")
+
+
+@dataclass
+class Life:
+    """What a process tells the others of itself."""
+    state: str = "starting"   # one of STATES: "alone" needs nobody, "asking" waits for a line of stdin
+    progress: int = 0         # rises with every layer and every exchange
 
 
 @dataclass
@@ -39,9 +46,9 @@ class Ranks:
     group: object = None                # torch.distributed's, None: all processes
     has_nccl: bool = False
     sent: Counter = field(default_factory=Counter)
-    state: str = "starting"             # one of STATES: "alone" needs nobody, "asking" waits for a line of stdin
-    progress: int = 0                   # rises with every layer and every exchange
+    life: Life = field(default_factory=Life)
     stderr: object = None
+    whole: object = None                # the Ranks that these are a part of, see split
 
     # ---- what travels
 
@@ -58,7 +65,7 @@ class Ranks:
         """Wait for what post() has begun."""
         if not works:
             return
-        self.state = "waiting"
+        self.life.state = "waiting"
         for work in works:
             work.wait()
         self.step()
@@ -67,7 +74,7 @@ class Ranks:
         """The tensors x of all ranks, of one shape, as (size, *x.shape)."""
         out = [torch.empty_like(x) for _ in range(self.size)]
         self.sent[what] += x.nbytes * (self.size - 1)
-        self.state = "waiting"
+        self.life.state = "waiting"
         dist.all_gather(out, x.contiguous(), group=self.group)
         self.step()
         return torch.stack(out)
@@ -75,16 +82,17 @@ class Ranks:
     def sum(self, x, what):
         """The sum of the tensors x of all ranks, in place and returned: a ring sends 2 (size - 1)/size of x."""
         self.sent[what] += 2 * x.nbytes * (self.size - 1) // self.size
-        self.state = "waiting"
+        self.life.state = "waiting"
         dist.all_reduce(x, group=self.group)
         self.step()
         return x
 
     def agree(self, x):
-        """Rank 0's tensor x, on every rank."""
-        if self.size > 1:
-            self.state = "waiting"
-            dist.broadcast(x, group=self.group, group_src=0)
+        """Rank 0's tensor x, on every rank, also those that these are a part of."""
+        ranks = self.whole or self
+        if ranks.size > 1:
+            self.life.state = "waiting"
+            dist.broadcast(x, group=ranks.group, group_src=0)
             self.step()
         return x
 
@@ -92,19 +100,19 @@ class Ranks:
         """make() of rank 0, some plain data, on every rank; what it is to wait for it is said by state."""
         if self.size == 1:
             return make()
-        before = self.state
-        self.state = state
+        before = self.life.state
+        self.life.state = state
         box = [make() if self.rank == 0 else None]
         dist.broadcast_object_list(box, 0)
-        self.state = before
-        self.progress += 1
+        self.life.state = before
+        self.life.progress += 1
         return box[0]
 
     def everyone(self, data):
         """The list of every rank's plain data."""
         found = [None] * self.size
         dist.all_gather_object(found, data)
-        self.progress += 1
+        self.life.progress += 1
         return found
 
     def barrier(self):
@@ -116,8 +124,29 @@ class Ranks:
         return self.size == 1 or self.store.add(f"job/{job}", 1) == 1
 
     def step(self):
-        self.progress += 1
-        self.state = "computing"
+        self.life.progress += 1
+        self.life.state = "computing"
+
+    def split(self, T):
+        """(keys, matrices): this process among those that have the same part of a model cut in T, and among those T.
+
+        Of 6 ranks with T = 2, rank 3 is rank 1 of 1 3 5 and rank 1 of 2 3. ValueError where T does not divide size.
+        """
+        if self.size % T:
+            raise ValueError(f"--tensor-parallel {T}: torchrun must start a multiple of {T} processes, not {self.size}")
+        same_part = [list(range(part, self.size, T)) for part in range(T)]
+        same_model = [list(range(first, first + T)) for first in range(0, self.size, T)]
+        return self.part(same_part), self.part(same_model)
+
+    def part(self, divided):
+        """The Ranks of this process within that of the divided lists of ranks which it is in."""
+        found = None
+        for members in divided:  # every process makes every group
+            group = dist.new_group(members, timeout=FOREVER)
+            if self.rank in members:
+                found = replace(self, rank=members.index(self.rank), size=len(members), group=group, sent=Counter(),
+                                whole=self)
+        return found
 
     # ---- what must be the same everywhere
 
@@ -157,9 +186,9 @@ class Ranks:
             return
         sys.stdout.flush()
         if code == 0:
-            self.state = "alone"  # who comes first may wait as long as the others work
+            self.life.state = "alone"  # who comes first may wait as long as the others work
             dist.barrier()
-        self.state = "done"
+        self.life.state = "done"
         try:
             beat(self, -1)
             time.sleep(0.2 if self.rank == 0 else 0)  # rank 0 may be the one that holds the store
@@ -242,7 +271,7 @@ def watch(ranks, store, places, woken, waking):
     changed = [[None, 0.0, None, 0.0] for _ in places]   # of every rank: its beat, when it came; its progress, when
     number = 0
     try:
-        while ranks.state != "done":
+        while ranks.life.state != "done":
             number += 1
             beat(ranks, number, store)
             is_ended = was_signalled(woken)
@@ -256,14 +285,14 @@ def watch(ranks, store, places, woken, waking):
             if is_ended:
                 stop_by_signal(ranks, store, places, changed)
     except (RuntimeError, OSError):                      # the store is gone, and with it the process that held it
-        if ranks.state != "done":
+        if ranks.life.state != "done":
             print(f"{ranks.name}: rank {ranks.rank} has lost rank 0 or torchrun", file=ranks.stderr, flush=True)
             os._exit(1)
 
 
 def beat(ranks, number, store=None):
     """Tell the others the number of this beat, the progress and the state of this rank."""
-    (store or ranks.store).set(f"beat/{ranks.rank}", f"{number} {ranks.progress} {ranks.state}")
+    (store or ranks.store).set(f"beat/{ranks.rank}", f"{number} {ranks.life.progress} {ranks.life.state}")
 
 
 def was_signalled(woken):

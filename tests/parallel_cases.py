@@ -15,12 +15,14 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import parallel  # noqa: E402
+from checkpoint import find_checkpoint  # noqa: E402
 from config import Config  # noqa: E402
 from generate import decode, prefill, sample  # noqa: E402
 from geometry import METHODS  # noqa: E402
-from model import Llama  # noqa: E402
+from model import Llama, load_model  # noqa: E402
 from positions import Method  # noqa: E402
 from ranks import Ranks, join  # noqa: E402
+from shards import load_shard  # noqa: E402
 
 n, NEW, LAYERS = 211, 16, 2
 EXTRA = ("mesa:overlap=5", "mesa:first=7:chunk=11", "dca:freq=yarn:attn-scale=logn", "alibi-mesa", "cosine-mesa",
@@ -61,7 +63,8 @@ SPECIAL = ("alibi", "cosine", "pieces", "batch", "turn", "short")
 def read(model, method, special):
     """(tokens, logits (steps, B, vocabulary)) of a prompt and of NEW greedy tokens."""
     generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(3, 97, (2 if special == "batch" else 1, 9 if special == "short" else n), generator=generator)
+    length = {"short": 9, "long": 301}.get(special, n)
+    tokens = torch.randint(3, 97, (2 if special == "batch" else 1, length), generator=generator)
     chunk = 16 if special == "pieces" else 8192
     cache = parallel.new_cache(model)
     if special == "turn":  # a first turn, of which the cache keeps all but the end
@@ -102,6 +105,24 @@ def compare(name, kind, method, special, ranks, want):
     return row
 
 
+def compare_shards(world):
+    """Shipped checkpoints, their matrices cut in two: against one process; then also their keys spread over two."""
+    keys, matrices = world.split(2)
+    rows = []
+    for folder, method, with_keys in (("tiny", "rope", 0), ("tiny", "mesa", 0), ("tiny-alibi", "alibi", 0),
+                                      ("tiny-cosine", "cosscale", 0), ("tiny-alibi", "mesa", 1)):
+        path = find_checkpoint(folder)
+        config = Config.from_hf(path)
+        model = load_shard(path, config, matrices, "float32")
+        model.ranks = keys if with_keys else None
+        got = read(model, Method(method), "long")
+        want = read(load_model(path, config, "float32"), Method(method), "long")
+        rows.append({"name": f"{folder} {method}", "error": float((got[1] - want[1]).abs().max()),
+                     "same": got[0] == want[0], "sent": dict(matrices.sent)})
+        matrices.sent.clear()
+    return rows
+
+
 def main():
     world = join("cases")
     all_cases = cases()
@@ -119,7 +140,7 @@ def main():
                 if size < 4 or case[0] in SHAPES:
                     rows.append(compare(*case, ranks, want[number]))
         world.barrier()
-    print(json.dumps([row for row in rows if row]))
+    print(json.dumps({"keys": [row for row in rows if row], "shards": compare_shards(world)}))
     world.leave(0)
 
 

@@ -16,11 +16,15 @@ import pytest
 import torch
 
 from attention import attend_dense, attend_part, merge_parts
+from checkpoint import find_checkpoint
+from config import Config
 from geometry import METHODS
+from model import load
 from parallel import Holdings, Sizes, borders, errand, key_bytes, sections, shares, sinks, traffic, waves
 from plan import distance, is_seen
 from positions import make_plan
-from ranks import Pulse, verdict
+from ranks import Pulse, Ranks, verdict
+from shards import COLUMNS, ROWS, load_shard, local_config
 from tiles import NEVER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,22 +182,57 @@ def ends(processes, seconds=60):
 
 
 @pytest.fixture(scope="module")
-def rows():
-    """What parallel_cases.py says of every method by 2, 3 and 4 ranks."""
-    found = ends(start(*[["tests/parallel_cases.py"]] * 4), 300)
+def found_by_ranks():
+    """What parallel_cases.py says: {"keys": of every method by 2, 3 and 4 ranks, "shards": of matrices cut in two}."""
+    found = ends(start(*[["tests/parallel_cases.py"]] * 4), 580)
     assert found[0][0] == 0, found
     return json.loads(found[0][1].splitlines()[-1])
 
 
-def test_every_method_gives_the_tokens_and_logits_of_one_process(rows):
+def test_every_method_gives_the_tokens_and_logits_of_one_process(found_by_ranks):
+    rows = found_by_ranks["keys"]
     assert {row["name"] for row in rows if row["N"] == 3} > set(METHODS)
     for row in rows:
         assert row["same"] and row["error"] < 1e-4, row
 
 
-def test_what_is_sent_is_what_the_formula_says(rows):
-    for row in rows:
+def test_what_is_sent_is_what_the_formula_says(found_by_ranks):
+    for row in found_by_ranks["keys"]:
         assert row["sent"] == row.get("formula", row["sent"]), row
+
+
+# ---- tensor parallel
+
+def test_matrices_cut_in_two_give_the_tokens_and_logits_of_one_process(found_by_ranks):
+    """Rope, Mesa, ALiBi and CosScale; the last case with the keys spread over two ranks as well."""
+    assert len(found_by_ranks["shards"]) == 5
+    for row in found_by_ranks["shards"]:
+        assert row["same"] and row["error"] < 1e-4 and row["sent"]["sums"], row
+
+
+@pytest.mark.parametrize("folder", ["tiny", "tiny-alibi"])
+def test_the_parts_of_all_ranks_are_the_whole_checkpoint(folder):
+    """Each in memory of its own, the float weights of its heads and channels alone; ALiBi's slopes are cut as well."""
+    whole, _ = load(folder, dtype=None)
+    path = find_checkpoint(folder)
+    shards = [load_shard(path, whole.config, Ranks(rank, 2)) for rank in range(2)]
+    for name, weight in whole.named_parameters():
+        parts = [dict(shard.named_parameters())[name] for shard in shards]
+        dim = 0 if name.split(".")[-2] in ROWS else 1 if name.split(".")[-2] in COLUMNS else None
+        found = parts[0] if dim is None else torch.cat(parts, dim)
+        assert torch.equal(found, weight) and all(part.is_contiguous() for part in parts)
+        assert dim is None or parts[0].untyped_storage().nbytes() == weight.nbytes // 2
+    slopes = whole.plan(n=9).slopes
+    if slopes is not None:
+        assert torch.equal(torch.cat([shard.plan(n=9).slopes for shard in shards]), slopes)
+
+
+def test_what_does_not_divide_is_said():
+    config = Config.from_hf(find_checkpoint("tiny"))
+    with pytest.raises(ValueError, match="--tensor-parallel 3 does not divide num_attention_heads 4"):
+        local_config(config, 0, 3)
+    with pytest.raises(ValueError, match="a multiple of 2 processes, not 1"):
+        Ranks().split(2)
 
 
 # ---- what ends them
