@@ -6,7 +6,8 @@ RULER's tasks, of every length up to its window; or start from the weights and t
 (--init). Of RULER's names, values and help topics, those that the evaluation draws from are never in a prompt here
 (all help topics are in the prose). Writes a Hugging Face folder and
 training.json, the record of the run. An interrupted run, also a killed one, continues from its last save when the same
-command is given again, and ends in the same weights: batches depend on (seed, step) alone.
+command is given again, and ends in the same weights: batches depend on (seed, step) alone. Started by torchrun, each
+process takes some rows of every batch (torch's DistributedDataParallel), and rank 0 writes.
 
 Does not: read any other data, or show the model a position beyond --window. Whatever the model does out there is the
 doing of the extrapolation method.
@@ -18,6 +19,7 @@ doing of the extrapolation method.
         --lr 2e-3
     python train.py --out checkpoints/tiny-cosine --init start --cosine 16 --store bfloat16 --steps 600 --grow 100
     python train.py --out checkpoints/tiny-nope --position nope --store bfloat16 --steps 2000 --grow 1000
+    torchrun --nproc-per-node 2 train.py --out mine
 
 Letters: B rows of a batch, T tokens that the model reads in each row; a row holds T + 1 ids, the last only to predict.
 """
@@ -46,11 +48,13 @@ from checkpoint import ENCODINGS, UNFINISHED
 from cli import number, plain_parser, run_command, say, settings_line
 from config import Config
 from model import Llama, load_model
+from ranks import Ranks
 from tasks import FILLER, NEEDLE, PAIRS, QUESTION, RECORDS, TASK, TASKS, WORDS, cycled, entries, joined, passkey_prompt
 from tokenizer import Tokenizer, load_tokenizer
 
 ANSWER = "{key}."              # what follows QUESTION; sentencepiece puts the space in front
 MIX = ("kv", "prose", "kv", "lines", "passkey", "lines")  # kinds of rows, over and over
+ALONE = Ranks()
 RULER = tuple(task for task in ruler_tasks.TASKS if task != "qa")  # qa needs outside data
 MIXES = {"records": MIX, "ruler": MIX + RULER}
 MUON = 7                       # its learning rate over that of AdamW
@@ -484,22 +488,27 @@ def learning_rate(step, args):
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
 
-def train_step(step, args, model, optimizers, corpus):
+def train_step(step, args, model, optimizers, corpus, ranks=ALONE, forward=None):
     """One update. Returns, all before it: the loss of prose; for each of TASKS the share of right digits, and for each
-    of RULER's in the mix that of right tokens; nan for what is not in the batch."""
+    of RULER's in the mix that of right tokens; nan for what is not in the batch. Each of the ranks takes some rows of
+    the one batch; forward: the model as torch's DistributedDataParallel wraps it, which averages their gradients."""
     # ids (B, T + 1) and weights (B, T) that depend on nothing but the seed and the step
     ids, weights = batch(step, args, corpus, model.config)
+    found = kinds(args, step, len(ids))[ranks.rank::ranks.size]
+    weights_of_all = weights.sum()
+    ids = ids[ranks.rank::ranks.size]
+    weights = weights[ranks.rank::ranks.size]
     targets = ids[:, 1:]
 
     # logits (B, T, vocab_size); weights stay float32, products are made in args.compute
     with torch.autocast("cpu", torch.bfloat16, enabled=args.compute == "bfloat16"):
         plan = model.plan(n=targets.shape[1])
-        logits = model(ids[:, :-1], plan)
+        logits = (forward or model)(ids[:, :-1], plan)
 
     # the weighted mean of the loss (B, T), and its gradient, no longer than 1
     loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
     model.zero_grad()
-    ((loss * weights).sum() / weights.sum()).backward()
+    ((loss * weights).sum() * ranks.size / weights_of_all).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
     # one learning rate for all, Muon's MUON times as high
@@ -510,14 +519,22 @@ def train_step(step, args, model, optimizers, corpus):
 
     # a row with an answer ends in five digits, "." or what else closes it, and </s>
     right = (logits[:, -7:-2].argmax(-1) == ids[:, -7:-2]).float().mean(1)
-    found = kinds(args, step, len(ids))
     measures = [loss[rows_of("prose", found)].mean()]
     measures += [right[rows_of(task, found)].mean() for task in TASKS]
     hits = (logits.argmax(-1) == targets).float()
     for task in measured(args)[1 + len(TASKS):]:
         rows = rows_of(task, found)
         measures.append(hits[rows][weights[rows] == 8.0].mean())
-    return torch.stack(measures).detach()
+    return mean_over_ranks(torch.stack(measures).detach(), args, found, ranks)
+
+
+def mean_over_ranks(measures, args, found, ranks):
+    """What train_step returns, over all ranks: means weighted by rows; found: the kinds of this rank's rows."""
+    if ranks.size == 1:
+        return measures
+    rows = torch.tensor([float(found.count(kind)) for kind in measured(args)])
+    sums = ranks.sum(torch.stack((measures.nan_to_num() * rows, rows)), "measures")
+    return sums[0] / sums[1]
 
 
 def rows_of(wanted, found):
@@ -530,9 +547,10 @@ def measured(args):
     return ("prose", *TASKS, *(task for task in RULER if task in MIXES[args.mix]))
 
 
-def train(args, model, corpus):
+def train(args, model, corpus, ranks=ALONE):
     """All steps that are left; returns the curve, [{step, prose, passkey, lines, kv, seconds}]."""
     state = args.out / UNFINISHED
+    forward = model if ranks.size == 1 else torch.nn.parallel.DistributedDataParallel(model)
     optimizers = make_optimizers(model, args.lr)
     done, curve = restore_state(state, args, model, optimizers)
     before = 0  # seconds that the run has taken so far
@@ -542,13 +560,14 @@ def train(args, model, corpus):
     start = time.time() - before
     measures = []
     for step in range(done, args.steps):
-        measures.append(train_step(step, args, model, optimizers, corpus))
+        measures.append(train_step(step, args, model, optimizers, corpus, ranks, forward))
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             means = [round(mean, 4) for mean in torch.stack(measures).nanmean(0).tolist()]
             means = dict(zip(measured(args), means))
             curve.append({"step": step + 1, **means, "seconds": round(time.time() - start)})
             say(" ".join(f"{name} {value}" for name, value in curve[-1].items()))
-            save_state(state, args, step + 1, model, optimizers, curve)
+            if ranks.rank == 0:
+                save_state(state, args, step + 1, model, optimizers, curve)
             measures = []
     return curve
 
@@ -638,9 +657,10 @@ def write_record(args, argv, model, corpus, curve):
         "curve": curve})
 
 
-def run(argv=None):
-    """The command: its exit code."""
+def run(argv=None, ranks=ALONE):
+    """The command: its exit code; ranks: this process among others, a Ranks."""
     args = parse_args(argv)
+    ranks.check_same(settings=str(record(args)))
     say("train " + settings_line(vars(args)))
     if (args.out / "training.json").exists():
         raise ValueError(f"{args.out} holds a finished run; choose another --out, or delete it")
@@ -651,11 +671,14 @@ def run(argv=None):
         start_from(args.init, model)
     documents = prose()
     args.out.mkdir(parents=True, exist_ok=True)
-    if not (args.out / UNFINISHED).exists():
+    if not (args.out / UNFINISHED).exists() and ranks.rank == 0:
         make_tokenizer(args, documents)
+    ranks.barrier()
     tokenizer = load_tokenizer(args.out, model.config.bos_token_id)
     corpus = make_corpus(args, tokenizer, documents, model.config)
-    curve = train(args, model, corpus)
+    curve = train(args, model, corpus, ranks)
+    if ranks.rank:
+        return 0
     write_folder(args.out, model)
     write_record(args, argv, model, corpus, curve)
     (args.out / UNFINISHED).unlink()

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from attention import attend_dense, attend_part, merge_parts
-from checkpoint import find_checkpoint
+from checkpoint import UNFINISHED, find_checkpoint
 from config import Config
 from geometry import METHODS
 from model import load
@@ -335,3 +335,42 @@ def test_an_evaluation_runs_each_trial_once(tmp_path, monkeypatch):
 
 def key_of(row):
     return row["method"], row["length"], row["cell"], row["trial"]
+
+
+# ---- training
+
+SMALL = ("--batch 7 --window 160 --vocab 400 --width 16 --layers 1 --heads 2 --kv-heads 1 --save-every 2 "
+         "--compute float32").split()
+
+
+def test_two_ranks_train_as_one_process_does(tmp_path):
+    """The same batch, rows shared out unevenly; then a run of which a rank is killed, which the same command ends."""
+    curves = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        found = ends(start(*[["tests/ddp_case.py", "--out", out, "--steps", "6", *SMALL]] * ranks))
+        assert [code for code, _, _ in found] == [0] * ranks, found
+        curves.append(json.loads((out / "training.json").read_text())["curve"])
+    for one, two in zip(*curves, strict=True):
+        for name in ("prose", "passkey", "lines", "kv"):
+            assert one[name] == pytest.approx(two[name], abs=1e-3), name
+
+    again = ["tests/ddp_case.py", "--out", tmp_path / "killed", "--steps", "400", *SMALL]
+    processes = start(again, again)
+    while "step 2" not in processes[0].stderr.readline():
+        assert processes[0].poll() is None
+    processes[1].kill()
+    found = ends(processes)
+    assert found[0][0] not in (0, None)
+    assert [line for line in found[0][2].splitlines() if "rank 1" in line and "has died; all ranks end" in line]
+    assert (tmp_path / "killed" / UNFINISHED).exists()
+    processes = start(again, again)
+    lines = [processes[0].stderr.readline() for _ in range(3)]
+    ends_early(processes)
+    assert any("continuing after step" in line for line in lines), lines
+
+
+def ends_early(processes):
+    for process in processes:
+        process.kill()
+        process.communicate()
