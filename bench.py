@@ -5,6 +5,7 @@ PyTorch's own causal attention or to transformers on the same weights, and peak 
 file; say whether others were using the machine. Does not: compare with numbers of another day.
 
     python bench.py attention --lengths 4096,16384         # also: decode, model, load, kernel (CUDA only), all
+    python bench.py parallel                               # several processes beside one, see bench_parallel.py
     python bench.py model --shape llama-7b --scratch DIR   # random weights in bfloat16, written once, memory-mapped
 
 Only useful pairs of a query and a key count as work: 4 * D * H floating-point operations each.
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import bench_llama_cpp
+import bench_parallel
 from attention import attend, attend_dense
 from checkpoint import available_memory, weight_bytes
 from cli import (keep_freed_memory, markdown, method_list, number, pick_device, plain_parser, read_rows, run_command,
@@ -748,12 +750,22 @@ def kernel(args, report):
     decode_attention(args, report)
 
 
-SECTIONS = {"attention": attention, "decode": decode_attention, "model": whole_model, "load": loading, "kernel": kernel}
+def parallel(args, report):
+    """Several processes on this machine beside one, and what the same counts say of up to 64 GPUs."""
+    methods = [str(method) for method in args.methods]
+    report.add("parallel", "several processes, checkpoint tiny", bench_parallel.measured_rows(methods, args.lengths))
+    report.add("parallel, computed", f"LLaMA-2-7B in bfloat16, computed for {bench_parallel.FLOPS / 1e12:.0f} TFLOP/s "
+               f"and {bench_parallel.BYTES / 1e9:.0f} GB/s a GPU", bench_parallel.computed_rows(methods))
+
+
+SECTIONS = {"attention": attention, "decode": decode_attention, "model": whole_model, "load": loading, "kernel": kernel,
+            "parallel": parallel}
+APART = ("kernel", "parallel")  # not among "all": one needs a GPU, the other starts processes
 # what a section measures where the flags do not say
 LENGTHS = {"attention": [2048, 8192, 16384], "decode": [4096, 16384], "model": [512, 4096, 8192], "load": [],
-           "kernel": [4096, 16384, 65536]}
+           "kernel": [4096, 16384, 65536], "parallel": [2049, 8191]}
 METHODS = {"attention": LAYER_METHODS, "decode": LAYER_METHODS, "model": MODEL_METHODS, "load": [],
-           "kernel": LAYER_METHODS}
+           "kernel": LAYER_METHODS, "parallel": bench_parallel.METHODS}
 
 
 def lengths(text):
@@ -792,7 +804,7 @@ def sections_of(args):
         raise ValueError("kernel: the compiled kernels need a CUDA device")
     if args.section != "all":
         return [args.section]
-    return [section for section in SECTIONS if section != "kernel" or args.device == "cuda"]
+    return [section for section in SECTIONS if section not in APART or section == "kernel" and args.device == "cuda"]
 
 
 def settings_of(args, section):

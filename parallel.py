@@ -210,22 +210,30 @@ def holder_of(wave):
     return next(rank for rank, (lo, hi) in enumerate(wave.ranges) if hi > lo)
 
 
+def errands(plan, holdings, wave, sizes):
+    """Yield (asker, owner, Errand) for all that ranks need of one another in a wave, which is noted in holdings."""
+    N = len(holdings.own)
+    holdings.add(wave)
+    for asker in range(N):
+        for owner in range(N):
+            found = None if asker == owner else holdings.errand(plan, 0, wave, asker, owner, sizes)
+            if found:
+                yield asker, owner, found
+
+
 def traffic(plan, n, N, sizes, piece=8192):
     """What N ranks send in a layer while they read a prompt of n tokens by its plan, all ranks together: a Counter of
     bytes {"keys", "queries", "parts", "merge"}, and its keys by rank, [tokens]."""
     holdings = Holdings.none(N)
     sent = Counter()
     for wave in waves(plan, 0, n - 1, N, piece):
-        holdings.add(wave)
-        for asker in range(N):
-            for owner in range(N):
-                found = None if asker == owner else holdings.errand(plan, 0, wave, asker, owner, sizes)
-                if found and found.by_keys:
-                    sent["keys"] += key_bytes(sizes, len(found.keys))
-                elif found:
-                    there, back = query_bytes(sizes, found.rows.stop - found.rows.start)
-                    sent["queries"] += there
-                    sent["parts"] += back
+        for _, _, found in errands(plan, holdings, wave, sizes):
+            if found.by_keys:
+                sent["keys"] += key_bytes(sizes, len(found.keys))
+            else:
+                there, back = query_bytes(sizes, found.rows.stop - found.rows.start)
+                sent["queries"] += there
+                sent["parts"] += back
     holdings.grow(1)
     sent["merge"] += N * merge_bytes(sizes, 1, N)
     return sent, [len(own) for own in holdings.own]
@@ -336,7 +344,7 @@ class SpreadCache:
             current = arrived
             if step + 1 < self.ranks.size:  # travels while this rank computes
                 arrived = self.depart(step + 1, share, q, keys, values)
-            self.take(step, share, current, (out, lse), q, keys, values, impl)
+            self.use(step, share, current, (out, lse), q, keys, values, impl)
         return out.to(q.dtype)
 
     def depart(self, step, share, q, keys, values):
@@ -354,7 +362,7 @@ class SpreadCache:
         works += ranks.post(sends, [] if asked is None else [(asker, asked)], "queries")
         return Arrival(works, fetched, asked)
 
-    def take(self, step, share, arrived, sums, q, keys, values, impl):
+    def use(self, step, share, arrived, sums, q, keys, values, impl):
         """Use what has arrived in a step: merge what these queries see, and answer the queries of another rank."""
         ranks = self.ranks
         source, asker = (ranks.rank - step) % ranks.size, (ranks.rank + step) % ranks.size

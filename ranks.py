@@ -25,14 +25,14 @@ import torch.distributed as dist
 TIMEOUT = 30.0   # seconds after which a rank that does not answer, or lets the others wait, is given up
 LOADING = 20     # times as long it may take to load its weights
 FOREVER = timedelta(days=30)  # the limit of torch's own waits: the watch has another, and says who is late
-STATES = ("starting", "alone", "computing", "waiting", "asking", "done")
 
 
 @dataclass
 class Life:
     """What a process tells the others of itself."""
-    state: str = "starting"   # one of STATES: "alone" needs nobody, "asking" waits for a line of stdin
+    state: str = "starting"   # "computing", "waiting" for others, "alone": needs nobody, "asking": reads stdin, "done"
     progress: int = 0         # rises with every layer and every exchange
+    lock: object = field(default_factory=threading.Lock)
 
 
 @dataclass
@@ -171,7 +171,7 @@ class Ranks:
             print(text, file=sys.stderr, flush=True)
             return
         self.store.set(f"complaint/{self.rank}", text)
-        limit = time.monotonic() + 3
+        limit = time.monotonic() + 10
         while self.rank and time.monotonic() < limit:
             if self.store.check(["complaint/0"]):
                 return
@@ -191,7 +191,11 @@ class Ranks:
         self.life.state = "done"
         try:
             beat(self, -1)
-            time.sleep(0.2 if self.rank == 0 else 0)  # rank 0 may be the one that holds the store
+            limit = time.monotonic() + 10
+            while self.rank == 0 and code == 0 and time.monotonic() < limit:  # it may be the one that holds the store
+                if all(self.store.get(f"beat/{rank}").endswith(b"done") for rank in range(self.size)):
+                    break
+                time.sleep(0.02)
         finally:
             os._exit(code if isinstance(code, int) else 2)  # torch's threads abort now and then at an ordinary exit
 
@@ -292,7 +296,8 @@ def watch(ranks, store, places, woken, waking):
 
 def beat(ranks, number, store=None):
     """Tell the others the number of this beat, the progress and the state of this rank."""
-    (store or ranks.store).set(f"beat/{ranks.rank}", f"{number} {ranks.life.progress} {ranks.life.state}")
+    with ranks.life.lock:  # so that "done" is the last word
+        (store or ranks.store).set(f"beat/{ranks.rank}", f"{number} {ranks.life.progress} {ranks.life.state}")
 
 
 def was_signalled(woken):
