@@ -219,11 +219,17 @@ def join(name):
     has_nccl = has_nccl and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", size))
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", store=store, rank=rank, world_size=size,
                             timeout=FOREVER)
-    ranks = Ranks(rank, size, name, store=dist.PrefixStore("beyond", store), has_nccl=has_nccl, stderr=sys.stderr)
+    ranks = Ranks(rank, size, name, store=new_client(), has_nccl=has_nccl, stderr=sys.stderr)
     if rank:
         sys.stdout = sys.stderr = open(os.devnull, "w")
-    start_watch(ranks, dist.PrefixStore("beyond", store.clone()))
+    start_watch(ranks, new_client())
     return ranks
+
+
+def new_client():
+    """A connection of its own to the store of this run, as two threads cannot use one at a time."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"beyond/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
