@@ -170,6 +170,7 @@ class Ranks:
         if self.size == 1:
             print(text, file=sys.stderr, flush=True)
             return
+        self.life.state = "done"  # this rank ends by itself
         self.store.set(f"complaint/{self.rank}", text)
         limit = time.monotonic() + 10
         while self.rank and time.monotonic() < limit:
@@ -191,8 +192,8 @@ class Ranks:
         self.life.state = "done"
         try:
             beat(self, -1)
-            limit = time.monotonic() + 10
-            while self.rank == 0 and code == 0 and time.monotonic() < limit:  # it may be the one that holds the store
+            limit = time.monotonic() + (10 if code == 0 else 3)
+            while self.rank == 0 and time.monotonic() < limit:  # it may be the one that holds the store
                 if all(self.store.get(f"beat/{rank}").endswith(b"done") for rank in range(self.size)):
                     break
                 time.sleep(0.02)
@@ -285,12 +286,12 @@ def watch(ranks, store, places, woken, waking):
             number += 1
             beat(ranks, number, store)
             is_ended = was_signalled(woken)
-            if store.check(["stop"]):
+            if ranks.life.state != "done" and store.check(["stop"]):
                 os._exit(1)                              # whoever failed has said why
             gone = [is_gone(place) for place in places]  # before their beats: who ends well says so first
             pulses = [pulse_of(store, rank, changed[rank], gone[rank]) for rank in range(ranks.size)]
             found = verdict(pulses, ranks.timeout)
-            if found:
+            if found and ranks.life.state != "done":
                 end_all(ranks, store, places, pulses, *found)
             if is_ended:
                 stop_by_signal(ranks, store, places, changed)
