@@ -118,10 +118,11 @@ class Method:
         i = torch.arange(n) if i is None else i
         j = torch.arange(n) if j is None else j
         heads = config.num_attention_heads
-        plan = make_plan(method, i, j, n=n, L=config.train_len, D=config.head_dim, H=config.all_heads or heads,
+        all_heads = getattr(config, "all_heads", None) or heads
+        plan = make_plan(method, i, j, n=n, L=config.train_len, D=config.head_dim, H=all_heads,
                          base=config.rope_theta, cosine=config.cosine_attention, rotary_dim=config.rotary_dim,
                          interleaved=config.interleaved)
-        if plan.slopes is not None:
+        if plan.slopes is not None and all_heads > heads:  # this process has some of the heads (shards.py)
             plan.slopes = plan.slopes[config.first_head:config.first_head + heads]
         return plan
 
