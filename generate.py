@@ -209,6 +209,28 @@ def check_ranks(args, ranks):
         raise ValueError(f"{args.ckpt}: a family that runs through transformers runs in one process")
 
 
+def print_explanation(args, config, method, n, dtype, ranks):
+    """What --explain prints before a model is loaded."""
+    print(explain(config, method, n, args.max_new_tokens, dtype, args.quantize))
+    if ranks.size > args.tensor_parallel:
+        print(parallel.explain_ranks(config, method, n, args.max_new_tokens, ranks.size // args.tensor_parallel, dtype,
+                                     args.prefill_chunk))
+
+
+def compiling_pays_for(args):
+    """The tokens to decode, for which compiling may pay; see model.load_model."""
+    if args.compile:
+        return 10 ** 9
+    return 0 if args.explain else args.max_new_tokens
+
+
+def answering(args, model, method, cache):
+    """ids -> an iterator of the tokens that continue them, by the flags."""
+    return partial(generate, model, method=method, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                   top_k=args.top_k, top_p=args.top_p, seed=args.seed, prefill_chunk=args.prefill_chunk,
+                   impl=args.impl, progress=progress_of(args.prefill_chunk), cache=cache)
+
+
 def run(argv=None, ranks=None):
     """The command: its exit code; ranks: this process among others, a Ranks."""
     args = parse_args(argv)
@@ -231,12 +253,8 @@ def run(argv=None, ranks=None):
     agreed(ranks, args, path, prompt=ids, method=method, type=dtype)
     warn(args, config, method, len(ids))
     if args.explain:
-        print(explain(config, method, len(ids), args.max_new_tokens, dtype, args.quantize))
-    if args.explain and ranks.size > args.tensor_parallel:
-        print(parallel.explain_ranks(config, method, len(ids), args.max_new_tokens, ranks.size // args.tensor_parallel,
-                                     dtype, args.prefill_chunk))
-    tokens = 0 if args.explain else args.max_new_tokens  # that compiling may pay for
-    model = open_model(args, path, config, dtype, device, ranks, 10 ** 9 if args.compile else tokens)
+        print_explanation(args, config, method, len(ids), dtype, ranks)
+    model = open_model(args, path, config, dtype, device, ranks, compiling_pays_for(args))
     if args.explain:
         print(f"decoding on {device}: {model.ways}")
         return 0
@@ -244,9 +262,7 @@ def run(argv=None, ranks=None):
         compile_dense(model)
     cache = cache if ranks.size == 1 else parallel.new_cache(model)
     say(settings_line(resolved_settings(args, config, method, len(ids), dtype, device)))
-    answer = partial(generate, model, method=method, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                     top_k=args.top_k, top_p=args.top_p, seed=args.seed, prefill_chunk=args.prefill_chunk,
-                     impl=args.impl, progress=progress_of(args.prefill_chunk), cache=cache)
+    answer = answering(args, model, method, cache)
     code = 0
     if args.chat:
         turns = Conversation(tokenizer, template, answer, cache, args.stop, partial(warn, args, config, method))
