@@ -27,8 +27,11 @@ def highlighted(curves, asked=None, best=max, names=HIGHLIGHTED):
     if len(curves) <= len(COLOURS):
         return list(curves)
     chosen = [method for method in curves if method.split(":")[0] in names][:len(COLOURS) - 1]
-    winner = best(curves, key=lambda method: sum(curves[method][1]) / len(curves[method][1]))
-    return chosen if winner in chosen else [*chosen, winner]
+    means = {method: sum(ys) / len(ys) for method, (_, ys) in curves.items() if all(map(math.isfinite, ys))}
+    if means:
+        winner = best(means, key=means.get)
+        chosen += [winner] * (winner not in chosen)
+    return chosen
 
 
 def check_highlight(asked, methods):
@@ -55,10 +58,14 @@ def draw_curves(axes, curves, chosen):
     if grey:
         names = textwrap.fill(f"in grey: {', '.join(grey)}", 120)
         axes.set_xlabel(f"{axes.get_xlabel()}\n{names}", fontsize=8)
-    ends = {method: (curves[method][0][-1], curves[method][1][-1]) for method in chosen}
-    for method, height, colour in zip(chosen, label_heights(axes, ends.values()), COLOURS):
-        axes.annotate(method, ends[method], xytext=(1.03, height), textcoords="axes fraction", color=colour, fontsize=8,
-                      va="center", annotation_clip=False,
+    ends = {}
+    for method, colour in zip(chosen, COLOURS):
+        known = [point for point in zip(*curves[method]) if math.isfinite(point[1])]
+        if known:
+            ends[method, colour] = known[-1]
+    for (method, colour), height in zip(ends, label_heights(axes, ends.values())):
+        axes.annotate(method, ends[method, colour], xytext=(1.03, height), textcoords="axes fraction", color=colour,
+                      fontsize=8, va="center", annotation_clip=False,
                       arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5})
 
 

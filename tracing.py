@@ -218,6 +218,10 @@ def next_text(traced, tokenizer):
     right = traced.case.right
     if right is None:
         return f"next: {said}"
-    rank = 1 + int((traced.logits > traced.logits[right]).sum())
     return (f"right digit {tokenizer.decode([right])}: logit {traced.logits[right]:.1f}, probability {p[right]:.2f}, "
-            f"rank {rank} of {len(p)}; likeliest next: {said}")
+            f"rank {answer_rank(traced)} of {len(p)}; likeliest next: {said}")
+
+
+def answer_rank(traced):
+    """The rank of the right token among the logits, 1 for the largest."""
+    return 1 + int((traced.logits > traced.logits[traced.case.right]).sum())

@@ -1,4 +1,6 @@
 """plots.py: which of many curves get a colour, and names that stand apart."""
+import math
+
 import pytest
 
 from plots import COLOURS, check_highlight, draw_curves, highlighted, label_heights
@@ -38,6 +40,15 @@ def test_curves_are_named_where_they_end():
     assert axes.get_xlabel().startswith("tokens\nin grey: method-0, method-1, method-3, method-4, ")
     assert [text.get_text() for text in axes.texts] == ["method-2", "method-5"]
     assert [text.xyann[1] for text in axes.texts] == pytest.approx([0.2, 0.5])
+
+
+def test_what_was_not_measured_has_no_end():
+    """A curve ends at its last number, and one of none has no name."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axes = figure.subplots()
+    draw_curves(axes, {"half": ([1, 2], [0.5, math.nan]), "none": ([1, 2], [math.nan] * 2)}, ["half", "none"])
+    assert [(text.get_text(), text.xy) for text in axes.texts] == [("half", (1, 0.5))]
+    figure.canvas.draw()
 
 
 def test_names_stand_apart():
