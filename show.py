@@ -568,7 +568,7 @@ def parse_args(argv):
     parser, flag = plain_parser(__doc__)
     parser.usage = "%(prog)s METHOD [flags]; --help lists them"
     parser.add_argument("method", nargs="?", default="all", help="name[:parameter=value...], or several with commas; "
-                        "all: for --plot alone")
+                        "without: all, for --plot alone, or with --trace what config.json says")
     flag("length", type=int, help="prompt length n; default: 32, or 128 for a picture file")
     flag("train-len", type=int, help="training length L; default: half of --length, or with --trace the model's")
     flag("set", action="append", default=[], metavar="name=value", help="parameters of the method, a=1,b=2; repeatable")
