@@ -20,6 +20,7 @@ from cli import (Results, accuracy, counts, markdown, method_list, methods_asked
                  open_checkpoint, place, read_text, run_command, say, select, settings_line, short_hash)
 from generate import decode, prefill, sample
 from model import load_model
+from plots import HIGHLIGHTED, check_highlight
 from show import figure_class, heatmap, plot_passkey, say_warnings
 from tasks import FILLER, NAMES, TASKS, Prompt, answer_text, passkey_prompt, random_digits, record_prompt
 
@@ -227,7 +228,7 @@ def report(args, rows, L):
         if line:
             print(line)
     if args.plot:
-        plot_passkey(rows, methods, args.lengths, args.depths, L, args.plot)
+        plot_passkey(rows, methods, args.lengths, args.depths, L, args.plot, args.highlight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,6 +248,8 @@ def parse_args(argv):
          help=f"the effective window: {KMAX_CELLS} depths, {KMAX_TRIALS} trials, a fifth right")
     flag("results", default="results.jsonl", metavar="FILE")
     flag("plot", metavar="FILE", help="heatmaps and accuracy by length as a picture (needs matplotlib)")
+    flag("highlight", type=method_list, metavar="M,M,...",
+         help=f"methods in colour on --plot; default: all, or of many the best and {', '.join(HIGHLIGHTED)}")
     flag("seed", type=number(int, 0), default=0)
     args = parser.parse_args(argv)
     if args.task != "passkey" and (args.needles > 1 or args.filler != "repeat"):
@@ -261,6 +264,7 @@ def check(args, config, tokenizer, filler):
     what will not work well."""
     if args.plot:
         figure_class()
+        check_highlight(args.highlight, args.methods)
     for n in args.lengths:
         make_prompt(args, tokenizer, n, 0.5, random.Random(0), filler)
     say_warnings(config, args.methods, args.lengths)

@@ -30,6 +30,7 @@ from cli import (Results, counts, markdown, method_list, methods_asked, model_se
                  open_checkpoint, place, read_text, run_command, say, select, settings_line, short_hash)
 from generate import decode, prefill, sample
 from model import load_model
+from plots import HIGHLIGHTED, check_highlight
 from ruler_tasks import NIAH, SIZES, TASKS, Size, answer_room, new_material, ruler_prompt, scaled_down, size_for
 from show import figure_class, plot_ruler, say_warnings
 from tasks import TASKS as DIGITS, passkey_prompt, random_digits, record_prompt
@@ -427,7 +428,7 @@ def report(args, rows, tasks, lengths, L):
     header = ["mean", *[f"{length} ({length / L:g}x)" for length in lengths], f"effective ({args.threshold:g})"]
     print("\n" + markdown(header, lines))
     if args.plot:
-        plot_ruler(scores, averages, tasks, lengths, L, args.plot)
+        plot_ruler(scores, averages, tasks, lengths, L, args.plot, args.highlight)
 
 
 def short_name(task):
@@ -472,6 +473,8 @@ def parse_args(argv):
     flag("predictions", metavar="FOLDER", help="write the answers as NVIDIA's evaluate.py reads them")
     flag("results", default="ruler.jsonl", metavar="FILE")
     flag("plot", metavar="FILE", help="heatmaps and means by length as a picture (needs matplotlib)")
+    flag("highlight", type=method_list, metavar="M,M,...",
+         help=f"methods in colour on --plot; default: all, or of many the best and {', '.join(HIGHLIGHTED)}")
     flag("seed", type=seeds, default=[0], metavar="N,N,...", help="prompts are drawn anew for each; the means get their "
          "standard deviation over seeds; default: 0")
     args = parser.parse_args(argv)
@@ -550,6 +553,7 @@ def check(args, config, lengths):
     work well."""
     if args.plot:
         figure_class()
+        check_highlight(args.highlight, args.methods)
     if args.score == "rouge-l":
         rouge_scorer()
     say_warnings(config, args.methods, lengths)
