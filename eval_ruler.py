@@ -475,8 +475,8 @@ def parse_args(argv):
     flag("plot", metavar="FILE", help="heatmaps and means by length as a picture (needs matplotlib)")
     flag("highlight", type=method_list, metavar="M,M,...",
          help=f"methods in colour on --plot; default: all, or of many the best and {', '.join(HIGHLIGHTED)}")
-    flag("seed", type=seeds, default=[0], metavar="N,N,...", help="prompts are drawn anew for each; the means get their "
-         "standard deviation over seeds; default: 0")
+    flag("seed", type=seeds, default=[0], metavar="N,N,...",
+         help="prompts are drawn anew for each; the means get their standard deviation over seeds; default: 0")
     args = parser.parse_args(argv)
     if args.data and (args.tasks or args.lengths or args.write or args.prose or args.qa or args.full):
         parser.error("--data brings its own prompts: no --tasks, --lengths, --write, --prose, --qa or --full with it")

@@ -4,8 +4,8 @@ Does: collect the prose that comes with every Python (help topics, docstrings), 
 then a LLaMA on a mix of prose, passkey prompts, and records of lines and of key-value pairs, with --mix ruler also of
 RULER's tasks, of every length up to its window; or start from the weights and the tokenizer of another such model
 (--init). Of RULER's names, values and help topics, those that the evaluation draws from are neither in a prompt nor in
-the prose (for tiny and its siblings, which are older, all help topics were in the prose). Writes a Hugging Face folder and
-training.json, the record of the run. An interrupted run, also a killed one, continues from its last save when the same
+the prose (in the first runs of all shipped models, which are older, all help topics were in the prose). Writes a
+Hugging Face folder and training.json, the record of the run. An interrupted run, also a killed one, continues from its last save when the same
 command is given again, and ends in the same weights: batches depend on (seed, step) alone.
 
 Does not: read any other data, or show the model a position beyond --window. Whatever the model does out there is the
@@ -191,7 +191,7 @@ def batch(step, args, corpus, config):
         elif kind == "passkey":
             rows.append(passkey_row(rng, corpus, length, config.eos_token_id[0]))
         else:
-            rows.append(record_row(rng, kind, corpus, length, config.eos_token_id[0], args.twice))
+            rows.append(record_row(rng, kind, corpus, length, config.eos_token_id[0]))
     return torch.tensor([row.ids for row in rows]), torch.tensor([row.weights for row in rows])
 
 
@@ -256,12 +256,12 @@ def random_filler(rng, corpus):
     return " ".join(f"The {word} is {rng.randint(0, 99999)}." for word in words[:30])
 
 
-def record_row(rng, task, corpus, length, eos, twice):
+def record_row(rng, task, corpus, length, eos):
     """A Row of T = length: a record of lines or of key-value pairs, a question, its answer, and </s>; a piece of prose
     where that is too short for one entry.
 
-    The share `twice` of the records repeat their entries in another order: each value that is said again is a lesson in
-    finding it by its name. The others say them once, and what is asked may be as far away as can be.
+    Half of the records say their entries once, and what is asked may be as far away as can be; the others repeat them
+    in another order: each value that is said again is a lesson in finding it by its name.
     """
     tokenizer = corpus.tokenizer
     record = RECORDS[task]
@@ -269,7 +269,7 @@ def record_row(rng, task, corpus, length, eos, twice):
     head = tokenizer.encode(record.head)
     longest_ending = (record.question + " " + record.answer).format(name=longest_name, value=52908)
     room = length - len(head) - len(tokenizer.encode(longest_ending, bos=False)) - 4
-    found = record_entries(rng, task, tokenizer, names, room, twice)
+    found = record_entries(rng, task, tokenizer, names, room)
     if not found:  # not a single entry fits
         return prose_row(rng, corpus, length, head[0])
     asked = rng.choice(found)
@@ -350,9 +350,9 @@ def random_names(rng, corpus, length):
     return names, f"{word}-{word}" if names is PAIRS else word
 
 
-def record_entries(rng, task, tokenizer, names, room, twice):
-    """The entries of a record that has room for so many tokens; as a rule the share `twice` of all fill but half of it."""
-    part = room // 2 if rng.random() < twice else room
+def record_entries(rng, task, tokenizer, names, room):
+    """The entries of a record that has room for so many tokens; as a rule half of the time they fill but half of it."""
+    part = room // 2 if rng.random() < 0.5 else room
     return (entries(tokenizer, task, part, rng, names) or entries(tokenizer, task, room, rng, names)
             or entries(tokenizer, task, room, rng))
 
@@ -619,8 +619,6 @@ def parse_args(argv):
          help="rows of a step, if as long as the window; at least one of each kind")
     flag("mix", choices=MIXES, default="records",
          help="kinds of rows: prose, passkey, lines and key-value records; or RULER's tasks as well")
-    flag("twice", type=number(float, 0, 1), default=0.5,
-         help="share of records of lines and key-value pairs that list their entries twice")
     flag("window", type=number(int, 64), default=256, help="longest input, in tokens")
     flag("vocab", type=number(int, 300), default=1024)
     flag("width", type=number(int, 1), default=128)

@@ -148,7 +148,7 @@ def test_a_record_asks_for_what_it_holds(task, question, value, corpus):
     said again, has a weight of 8; the rest one of 0.1."""
     tokenizer = corpus.tokenizer
     for seed in range(12):
-        row = train.record_row(random.Random(seed), task, corpus, 300, 2, 0.5)
+        row = train.record_row(random.Random(seed), task, corpus, 300, 2)
         text = tokenizer.decode(row.ids)
         name, answer = re.search(question, text).groups()
         record = text.split("What is")[0]
