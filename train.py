@@ -5,8 +5,8 @@ then a LLaMA on a mix of prose, passkey prompts, and records of lines and of key
 RULER's tasks, of every length up to its window; or start from the weights and the tokenizer of another such model
 (--init). Of RULER's names, values and help topics, those that the evaluation draws from are neither in a prompt nor in
 the prose (in the first runs of all shipped models, which are older, all help topics were in the prose). Writes a
-Hugging Face folder and training.json, the record of the run. An interrupted run, also a killed one, continues from its last save when the same
-command is given again, and ends in the same weights: batches depend on (seed, step) alone.
+Hugging Face folder and training.json, the record of the run. An interrupted run, also a killed one, continues from its
+last save when the same command is given again, and ends in the same weights: batches depend on (seed, step) alone.
 
 Does not: read any other data, or show the model a position beyond --window. Whatever the model does out there is the
 doing of the extrapolation method.
