@@ -120,7 +120,7 @@ def first_integer(text):
 def is_cut(model, prompt, method):
     """Whether the last token of the needle cannot see its first one: a chunk boundary of Mesa, the edge of a window."""
     first, last = prompt.span
-    plan = model.plan(method, n=len(prompt.ids), i=torch.tensor([last]), j=torch.arange(len(prompt.ids)))
+    plan = model.config.plan(method, n=len(prompt.ids), i=torch.tensor([last]), j=torch.arange(len(prompt.ids)))
     for region in plan.regions:
         if int(region.start) <= first < int(region.end):
             return False

@@ -68,7 +68,7 @@ def prefill(model, tokens, method, room=64, chunk=8192, impl="auto", progress=No
         # of the whole prompt, but not on where a piece begins, so pieces of any size give the same result.
         i = torch.arange(begin, end)
         j = torch.arange(end)
-        plan = method.plan(model.config, n, i, j)
+        plan = model.plan(method, n=n, i=i, j=j)
         # The cache takes the keys and values of the piece, un-rotated. Only the last token's logits are needed.
         logits = model(tokens[:, begin:end].to(device), plan, cache, last_only=True, impl=impl)
         if progress:
@@ -91,7 +91,7 @@ def decode(model, logits, cache, method, n, choose, max_new_tokens, impl="auto")
         # n stays that of the prompt, since what is cached was computed at positions that may depend on it.
         i = torch.tensor([len(cache)])
         j = torch.arange(len(cache) + 1)
-        plan = method.plan(model.config, n, i, j)
+        plan = model.plan(method, n=n, i=i, j=j)
         logits = model(token[:, None].to(logits.device), plan, cache, impl=impl)[:, -1]
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from attention import alibi_bias, attend, fold
-from checkpoint import fields_of, position_fields, read_json
+from checkpoint import fields_of, own_method, position_fields, read_json
 from config import Config
 from positions import Method
 from rotation import rotate_keys, rotate_queries
@@ -74,10 +74,6 @@ FAMILIES = {  # model_type in config.json: of the text model, where there are ot
     "nemotron":    Family(),
     "llama4_text": Family(interleaved=True, position_free=by_no_rope_layers),
     "gpt_oss":     Family(),
-}
-LOCAL = {  # kind of layer in config.layer_types: the method that it is, its setting, and the field with its value
-    "sliding_attention": ("sliding", "window", "sliding_window"),
-    "chunked_attention": ("chunked", "chunk", "attention_chunk_size"),
 }
 
 
@@ -194,19 +190,10 @@ def read_layers(config, family, rotary, train_len=None):
         is_free = bool(family.position_free and family.position_free(config, number))
         if (kind, is_free) not in different:
             positions = trained_positions(config, kind, family, rotary, train_len)
-            different[kind, is_free] = Layer(positions, own_method(config, kind, is_free))
+            own = own_method(kind, is_free, config.to_dict())
+            different[kind, is_free] = Layer(positions, Method.parse(own) if own else None)
         layers.append(different[kind, is_free])
     return layers
-
-
-def own_method(config, kind, is_free):
-    """The Method that a layer of this kind, without positions if is_free, was trained with; None: rotary and full."""
-    if kind == "full_attention":
-        return Method("nope") if is_free else None
-    if kind not in LOCAL:
-        raise ValueError(f"hf.py: layers of kind {kind} are not supported")
-    name, setting, source = LOCAL[kind]
-    return Method(name, "nope" if is_free else None, None, {setting: getattr(config, source)})
 
 
 def governed(layers):

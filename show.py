@@ -200,6 +200,9 @@ def warnings(config, method, n, new=0):
         plan = last_query_plan(config, Method.of(method, **settings), n, total)
         return within(plan, config.train_len, config.rope_theta)
 
+    if not config.is_governed:
+        nothing = f"no layer of this model sees all keys by their positions, so {method} changes nothing"
+        return [nothing] if method.name else []
     sentences = untrained(config, method)
     if not fits({}):
         name = method.name or config.freq
@@ -255,6 +258,7 @@ def explain(config, method, n, new=0, dtype=torch.float32, quantize=None):
     plan = method.plan(config, n)
     asked = str(method) if method.name else f"{config.freq}{method}"
     lines = [f"{asked}: prompt of {n} tokens, training length {L} ({n / L:.3g} times)", *describe(plan, n)]
+    lines += layer_lines(config)
     if plan.q_scale is not None:
         lines.append(f"attention scale: {float(plan.q_scale.min()):.3f} to {float(plan.q_scale.max()):.3f}")
     if plan.mscale != 1:
@@ -265,6 +269,15 @@ def explain(config, method, n, new=0, dtype=torch.float32, quantize=None):
     lines.append(f"{which}: how far from each are those before it")
     lines.append(small_picture(config, method, n))
     return "\n".join(lines)
+
+
+def layer_lines(config):
+    """A line that counts the layers by what they attend by, where it is not one for all."""
+    if not config.layer_methods:
+        return []
+    counts = {own: config.layer_methods.count(own) for own in config.layer_methods}
+    parts = [f"{count} by {own or 'the method'}" for own, count in counts.items()]
+    return [f"layers: {', '.join(parts)}"]
 
 
 def reach_text(config, method):

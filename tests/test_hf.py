@@ -103,7 +103,7 @@ def test_family(name):
 
 def family_table():
     """The README's table, from what extend finds in the models of CASES."""
-    lines = ["| family | in model.py | layers that a method changes | layers that stay as trained | also exact |",
+    lines = ["| family | runs in | layers that a method changes | layers that stay as trained | also exact |",
              "|---|---|---|---|---|"]
     for name in CASES:
         model = extended(tiny_model(name))
@@ -115,9 +115,9 @@ def family_table():
             changed = "full" if "no positions" not in own else "with positions"
         try:
             fields_of(model.config.to_dict())
-            native = "yes"
+            native = "model.py"
         except ValueError:
-            native = ""
+            native = "hf.py"
         config = layers[0].config
         also = {"interleaved pairs": config.interleaved, "partial rotary": config.rotary_dim < config.head_dim,
                 "capped logits": getattr(model.config, "attn_logit_softcapping", None), "sinks": name == "gpt_oss"}
