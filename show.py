@@ -251,9 +251,10 @@ def method_note(config, method):
     return note
 
 
-def explain(config, method, n, new=0, dtype=torch.float32, quantize=None):
+def explain(config, method, n, new=0, dtype=torch.float32, quantize=None, stored=None):
     """What a method does with a prompt of n tokens, as text: pairs, reach, a small picture; and the memory of weights
-    and cache in a torch dtype, with `new` tokens after the prompt; quantize as in model.load."""
+    and cache in a torch dtype, with `new` tokens after the prompt; quantize as in model.load. stored: the bytes of the
+    weights as they are stored, for a model that model.py does not know."""
     L = config.train_len
     plan = method.plan(config, n)
     asked = str(method) if method.name else f"{config.freq}{method}"
@@ -264,7 +265,7 @@ def explain(config, method, n, new=0, dtype=torch.float32, quantize=None):
     if plan.mscale != 1:
         lines.append(f"logits times {plan.mscale ** 2:.3f}")
     lines.append(reach_text(config, method))
-    lines.append(memory_text(config, method, n, new, dtype, quantize))
+    lines.append(memory_text(config, method, n, new, dtype, quantize, stored))
     which = f"{SAMPLES} of the {n} tokens, evenly spread" if n > SAMPLES else "all tokens"
     lines.append(f"{which}: how far from each are those before it")
     lines.append(small_picture(config, method, n))
@@ -287,10 +288,11 @@ def reach_text(config, method):
     return f"reach of a prompt with {settings}: {limit}"
 
 
-def memory_text(config, method, n, new, dtype, quantize=None):
+def memory_text(config, method, n, new, dtype, quantize=None, stored=None):
     bits = bits_asked(config, quantize)
-    weights = weight_bytes(config, dtype, bits)
+    weights = stored or weight_bytes(config, dtype, bits)
     kinds = type_name(dtype) if bits is None else f"int{bits} and {type_name(dtype)}"
+    kinds = "their file" if stored else kinds
     keys = key_count(config, n + new) * dtype.itemsize
     rotated_keys = keys * rotated_copies(last_query_plan(config, method, n, n + 1))
     return (f"memory: weights {mebibytes(weights)} in {kinds}, cache {mebibytes(2 * keys)} for the prompt "
