@@ -205,8 +205,9 @@ def position_fields(raw):
     encoding = raw.get("position_encoding", "rope")
     if encoding not in ENCODINGS:
         raise ValueError(f"unknown position_encoding {encoding!r}, not one of {ENCODINGS}")
+    chunked = raw.get("dual_chunk_attention_config") or {}  # Qwen2.5-1M, see geometry.dca_fit
     L = (rope.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
-         or raw.get("max_position_embeddings", 2048))
+         or chunked.get("original_max_position_embeddings") or raw.get("max_position_embeddings", 2048))
     if encoding != "rope":
         return {"freq": encoding, "train_len": L}
 

@@ -508,14 +508,18 @@ def open_folder(path, train_len=None):
     rotary = type(decoder.rotary_emb)(decoder.config)  # not on the meta device: its frequencies are numbers
     layers = read_layers(decoder.config, FAMILIES[decoder.config.model_type], rotary, train_len)
     own = tuple(str(layer.own) if layer.own else "" for layer in layers)
-    raw = read_json(Path(path) / "config.json")
-    raw = {**(raw.get("text_config") or {}), **raw}
     tokenizer = open_tokenizer(path)
     fields = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos_tokens(theirs.get_text_config().eos_token_id),
-              "dtype": str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
-              "layer_methods": own if any(own) else ()}
+              "dtype": stored_type(path), "layer_methods": own if any(own) else ()}
     fields |= generation_eos(path, decoder.config.vocab_size)
     return replace(governed(layers).config, **fields), tokenizer
+
+
+def stored_type(path):
+    """The name of the type that a folder's weights are stored in, as its config.json says."""
+    raw = read_json(Path(path) / "config.json")
+    raw = {**(raw.get("text_config") or {}), **raw}
+    return str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
 
 
 def open_tokenizer(path):

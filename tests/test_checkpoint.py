@@ -184,6 +184,8 @@ def config_of(folder, train_len=None, **changes):
      {"layer_methods": ("sliding:window=4096",)}),
     ({"model_type": "qwen3", "head_dim": ..., "layer_types": ["full_attention"]},
      {"qkv_bias": False, "qk_norm": True, "head_dim": 128, "layer_methods": ()}),
+    ({"model_type": "qwen2", "dual_chunk_attention_config": {"original_max_position_embeddings": 16}},
+     {"train_len": 16, "max_position_embeddings": 32, "freq": "rope"}),
     ({"model_type": "smollm3", "tie_word_embeddings": ...}, {"layer_methods": (), "tie_word_embeddings": True}),
     ({"model_type": "smollm3", "no_rope_layer_interval": 1}, {"layer_methods": ("nope",)}),
     ({"model_type": "smollm3", "no_rope_layers": [0], "use_sliding_window": True, "sliding_window": 7},

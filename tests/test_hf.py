@@ -4,6 +4,7 @@
 """
 import io
 import json
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 transformers = pytest.importorskip("transformers", minversion="5")
 
+import eval_harness  # noqa: E402
 import eval_passkey  # noqa: E402
 import eval_perplexity  # noqa: E402
 import eval_ruler  # noqa: E402
@@ -336,6 +338,69 @@ def test_chat_and_saved_caches_take_the_folder(folders, tmp_path, capsys, monkey
     assert run([*flags, "--chat"]) == 0
     said = capsys.readouterr().err
     assert "turns 2, " in said and "prompts: 6 computed, 8 taken from the cache" in said
+
+
+def test_weights_that_torchao_has_quantised(tmp_path, capsys):
+    """A model in 8 bits, by mesa beyond its window, and its folder through generate.py."""
+    torchao = pytest.importorskip("torchao.quantization")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(saved("qwen3", tmp_path / "plain"))
+    settings = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=settings)
+    assert "Int8" in type(model.model.layers[0].self_attn.q_proj.weight).__name__
+    ids = prompt()
+    want = logits_of(hf.extend(plain, "mesa"), ids)
+    found = logits_of(hf.extend(model, "mesa"), ids)
+    assert 1e-4 < (found - want).abs().max() / want.abs().max() < 0.1
+    assert close(in_pieces(model, ids), found, 1e-4)
+    hf.restore(model).save_pretrained(tmp_path / "int8")
+    for file in (tmp_path / "plain").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "int8")
+    assert hf.takes(tmp_path / "int8") and not hf.takes(tmp_path / "plain")
+    assert run(["--ckpt", str(tmp_path / "int8"), "--prompt", TEXT, "--method", "mesa", "--max-new-tokens", "6"]) == 0
+    assert len(capsys.readouterr().out.split()) == 6
+
+
+TASK = """task: words
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{answer}}}}"
+{more}
+"""
+KINDS = {
+    "loglikelihood": "metric_list:\n  - metric: perplexity\n    aggregation: perplexity\n    higher_is_better: false",
+    "generate_until": "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
+                      "generation_kwargs:\n  max_gen_toks: 4\n  until: [w99]",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_harness_of_eleutherai(kind, folders, tmp_path, capsys, monkeypatch):
+    """A task file of one's own, offline: likelihoods are those of the extended model, and answers are its answers."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = folders["gpt_neox"]
+    theirs = hf.extend(transformers.AutoModelForCausalLM.from_pretrained(folder), "mesa")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    answer = tokenizer.decode(theirs_tokens(theirs, ids, 4))
+    target = " w7" if kind == "loglikelihood" else answer
+    (tmp_path / "docs.jsonl").write_text(json.dumps({"text": TEXT, "answer": target}) + "\n", encoding="utf-8")
+    task = TASK.format(file=tmp_path / "docs.jsonl", kind=kind, more=KINDS[kind])
+    (tmp_path / "words.yaml").write_text(task, encoding="utf-8")
+    flags = ["--ckpt", str(folder), "--tasks", "words", "--include-path", str(tmp_path)]
+    assert eval_harness.run([*flags, "--methods", "rope,mesa"]) == 0
+    rope, mesa = [float(cells.split("|")[7]) for cells in capsys.readouterr().out.splitlines() if "|words|" in cells]
+    loss = -logits_of(theirs, ids)[0, -1].log_softmax(-1)[tokenizer.encode("w7")[-1]]
+    want = float(loss.exp()) if kind == "loglikelihood" else 1.0
+    assert abs(mesa - want) < 1e-3 * want and rope != mesa
+    with pytest.raises(ValueError, match="no task wrods"):
+        eval_harness.run(["--ckpt", str(folder), "--tasks", "wrods"])
 
 
 # ---- what is refused, in one sentence
