@@ -4,12 +4,15 @@ Does: hand an extended model to the harness, method after method, and print the 
 prompts or scores. The harness downloads what a task asks for; a task of your own is a YAML file in --include-path.
 Sequences run one at a time, as the harness pads batches at the right, and a method would take the padding for prompt.
 
-    pip install lm-eval && python eval_harness.py --tasks lambada_openai --methods rope,mesa --ckpt path/to/llama-7b
+    pip install 'lm-eval[hf]' && python eval_harness.py --tasks lambada_openai --methods rope,mesa --ckpt llama-7b
 """
 import hf
 from checkpoint import find_checkpoint, refuse_unfinished
 from cli import method_list, new_parser, number, pick_device, pick_dtype, run_command, say, settings_line, type_name
 from positions import Method
+
+
+WINDOWS = 64  # that a document may be long
 
 
 def harness():
@@ -20,12 +23,15 @@ def harness():
         import lm_eval.tasks
         import lm_eval.utils
     except ImportError as error:
-        raise ValueError(f"eval_harness.py needs the harness (pip install lm-eval): {error}") from None
+        raise ValueError(f"eval_harness.py needs the harness (pip install 'lm-eval[hf]'): {error}") from None
     return lm_eval
 
 
-def evaluate(model, tokenizer, tasks, include_path=None, limit=None, num_fewshot=None):
+def evaluate(model, tokenizer, tasks, max_length=None, include_path=None, limit=None, num_fewshot=None):
     """What lm_eval.simple_evaluate finds for an extended transformers model on a list of tasks.
+
+    max_length: the tokens that the harness keeps of a document; by itself it would cut them to the model's window. By
+    default WINDOWS of them.
 
     ValueError for tasks that the harness does not know.
     """
@@ -34,7 +40,9 @@ def evaluate(model, tokenizer, tasks, include_path=None, limit=None, num_fewshot
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise ValueError(f"lm-eval has no task {', '.join(unknown)}")
-    wrapped = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    max_length = max_length or WINDOWS * hf.positions_of(model).train_len
+    wrapped = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1,
+                                                max_length=max_length)
     return lm_eval.simple_evaluate(wrapped, tasks=tasks, task_manager=manager, limit=limit, num_fewshot=num_fewshot)
 
 
@@ -46,6 +54,8 @@ def parse_args(argv):
     flag("methods", "method", type=method_list, metavar="M,M,...", help="as in eval_passkey.py")
     flag("tasks", "task", required=True, metavar="T,T,...", help="names of tasks")
     flag("include-path", metavar="FOLDER", help="where YAML files of further tasks lie")
+    flag("max-length", type=number(int, 1), help="tokens kept of a document, its last ones; also the length of the windows "
+         f"of a rolling perplexity; default: {WINDOWS} windows")
     flag("limit", type=number(int, 1), help="use only the first so many documents of a task")
     flag("num-fewshot", type=number(int, 0), help="examples in front of every document; default: the task's")
     args = parser.parse_args(argv)
@@ -69,7 +79,8 @@ def run(argv=None):
         hf.extend(model, method, args.train_len)
         name = str(method) or "config.json's method"
         say(settings_line({"ckpt": args.ckpt, "method": name, "tasks": args.tasks, "dtype": type_name(dtype)}))
-        found = evaluate(model, tokenizer, args.tasks.split(","), args.include_path, args.limit, args.num_fewshot)
+        found = evaluate(model, tokenizer, args.tasks.split(","), args.max_length, args.include_path, args.limit,
+                         args.num_fewshot)
         print(f"{name}\n{table(found)}", flush=True)
     return 0
 

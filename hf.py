@@ -515,6 +515,11 @@ def open_folder(path, train_len=None):
     return replace(governed(layers).config, **fields), tokenizer
 
 
+def positions_of(model):
+    """The Config of the layers that an extended model's method governs: its training length, its frequencies."""
+    return governed(extension_of(decoder_of(model)).layers).config
+
+
 def stored_type(path):
     """The name of the type that a folder's weights are stored in, as its config.json says."""
     raw = read_json(Path(path) / "config.json")

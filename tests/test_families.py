@@ -97,7 +97,7 @@ def test_logits_and_tokens_are_those_of_transformers(models):
 def test_pieces_and_decoding_are_one_pass(models, cut):
     _, ours, _ = models
     ids = prompt(T)
-    for method in (None, "rerope", "mesa"):
+    for method in (None, "mesa"):
         plan = ours.plan(method, n=60, i=torch.arange(T), j=torch.arange(T))
         whole = ours(ids, plan)
         for impl in ("dense", "tiled"):

@@ -122,7 +122,7 @@ def family_table():
             changed = "full" if "no positions" not in own else "with positions"
         try:
             fields_of(model.config.to_dict())
-            native = "model.py"
+            native = "model.py, hf.py"
         except ValueError:
             native = "hf.py"
         config = layers[0].config
@@ -225,13 +225,13 @@ def test_trained_frequencies_are_kept_unless_the_method_has_its_own(kind):
 
 # ---- what is around it, unchanged
 
-def saved(name, folder):
+def saved(name, folder, **settings):
     """A checkpoint folder of a family, with a tokenizer of words w1 w2 ..."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     words = {"<unk>": 0, **{f"w{number}": number for number in range(1, 97)}}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tiny_model(name).save_pretrained(folder)
+    tiny_model(name, **settings).save_pretrained(folder)
     core = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>",
                                                 model_input_names=["input_ids", "attention_mask"])
     core.save_pretrained(folder)
@@ -242,12 +242,16 @@ TEXT = " ".join(f"w{token}" for token in prompt(130)[0].tolist())
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt_neox"])
-def test_the_five_lines_of_the_readme_and_a_pipeline(name, tmp_path):
+def test_the_five_lines_of_the_readme_and_a_pipeline(name, tmp_path, capsys):
+    """At 4 times the window, with 64 tokens decoded."""
     lines = README.split("## Inside transformers")[1].split("\n\n    ")[1].split("\n\n")[0].replace("\n    ", "\n")
     assert len(lines.splitlines()) == 5
-    session = {"folder": saved(name, tmp_path), "text": TEXT}
+    session = {"folder": saved(name, tmp_path, eos_token_id=None), "text": TEXT}
     for method in ("mesa", "rerope"):
+        capsys.readouterr()
         exec(lines.replace("mesa", method), session)
+        words = capsys.readouterr().out.split()
+        assert len(words) == 130 + 64 > 4 * L and words[:130] == TEXT.split()
     model, tokenizer = session["model"], session["tokenizer"]
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
     assert len(pipe(TEXT, max_new_tokens=4, do_sample=True, top_k=5)[0]["generated_text"]) > len(TEXT)
@@ -384,7 +388,9 @@ def test_the_harness_of_eleutherai(kind, folders, tmp_path, capsys, monkeypatch)
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    folder = folders["gpt_neox"]
+    folder = shutil.copytree(folders["gpt_neox"], tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "w96"}), encoding="utf-8")
     theirs = hf.extend(transformers.AutoModelForCausalLM.from_pretrained(folder), "mesa")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
