@@ -54,8 +54,8 @@ def parse_args(argv):
     flag("methods", "method", type=method_list, metavar="M,M,...", help="as in eval_passkey.py")
     flag("tasks", "task", required=True, metavar="T,T,...", help="names of tasks")
     flag("include-path", metavar="FOLDER", help="where YAML files of further tasks lie")
-    flag("max-length", type=number(int, 1), help="tokens kept of a document, its last ones; also the length of the windows "
-         f"of a rolling perplexity; default: {WINDOWS} windows")
+    flag("max-length", type=number(int, 1), help="tokens kept of a document, its last ones, and those of a rolling "
+         f"perplexity's windows; default: {WINDOWS} windows of the model")
     flag("limit", type=number(int, 1), help="use only the first so many documents of a task")
     flag("num-fewshot", type=number(int, 0), help="examples in front of every document; default: the task's")
     args = parser.parse_args(argv)
