@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
+import hf
 from attention import IMPLEMENTATIONS
 from cache import KVCache, load_cache, save_cache
 from checkpoint import find_checkpoint, refuse_unfinished
 from config import Config
 from geometry import METHODS
-from model import DTYPES
+from model import DTYPES, Llama, load_model
 from positions import Method
 from quantized import BITS, bits_asked
 from single_row import has_compiler
@@ -188,8 +189,20 @@ def open_checkpoint(args):
     """(folder, Config, Tokenizer) of --ckpt and --train-len."""
     path = find_checkpoint(args.ckpt)
     refuse_unfinished(path)
+    if hf.takes(path):
+        if args.quantize:
+            raise ValueError(f"{path}: --quantize is for families of model.py; transformers quantises by its own means")
+        return path, *hf.open_folder(path, args.train_len)
     config = Config.from_hf(path, args.train_len)
     return path, config, load_tokenizer(path, config.bos_token_id)
+
+
+def open_model(args, path, config, dtype, device, tokens=0):
+    """The model of open_checkpoint's folder: a model.Llama, or a hf.Model where only transformers knows the family;
+    tokens as in model.load_model."""
+    if hf.takes(path):
+        return hf.load_model(path, config, dtype, device, args.train_len)
+    return load_model(path, config, dtype, device, tokens, args.quantize)
 
 
 def place(args, config):
@@ -306,8 +319,10 @@ def compile_dense(model):
     """Let torch.compile fuse the feed-forward networks of a Llama, in place, for more than one token at a time: takes
     half a minute, and a prompt is read up to a fifth faster.
 
-    Raises ValueError where there is no C++ compiler.
+    Raises ValueError where there is no C++ compiler, or the model is a hf.Model.
     """
+    if not isinstance(model, Llama):
+        raise ValueError("--compile is not there for a model that runs through transformers")
     if not has_compiler():
         raise ValueError("torch.compile needs a C++ compiler (g++ or clang++), and there is none")
     for block in model.model.layers:

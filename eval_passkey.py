@@ -17,10 +17,13 @@ from pathlib import Path
 import torch
 
 from cli import (Results, accuracy, counts, markdown, method_list, methods_asked, model_settings, new_parser, number,
-                 open_checkpoint, place, read_text, run_command, say, select, settings_line, short_hash)
+                 open_checkpoint, open_model, place, read_text, run_command, say, select, settings_line, short_hash)
 from generate import decode, prefill, sample
+<<<<<<< HEAD
 from model import load_model
 from plots import HIGHLIGHTED, check_highlight
+=======
+>>>>>>> models
 from show import figure_class, heatmap, plot_passkey, say_warnings
 from tasks import FILLER, NAMES, TASKS, Prompt, answer_text, passkey_prompt, random_digits, record_prompt
 
@@ -105,9 +108,11 @@ def answer_logps(model, logits, cache, right, method, n, impl):
     As if the answer had been written: one pass over all its tokens but the last, which are left in the cache.
     """
     end = n + right.shape[1] - 1
-    plan = model.plan(method, n=n, i=torch.arange(n, end), j=torch.arange(end))
-    rest = model(right[:, :-1].to(logits.device), plan, cache, impl=impl)
-    logits = torch.cat((logits[:, None], rest), dim=1)  # (B, length, vocab)
+    logits = logits[:, None]
+    if end > n:
+        plan = model.plan(method, n=n, i=torch.arange(n, end), j=torch.arange(end))
+        rest = model(right[:, :-1].to(logits.device), plan, cache, impl=impl)
+        logits = torch.cat((logits, rest), dim=1)  # (B, length, vocab)
     logp = logits.float().log_softmax(-1).cpu().gather(-1, right[..., None])
     return logp.sum((1, 2)).tolist()
 
@@ -121,7 +126,7 @@ def first_integer(text):
 def is_cut(model, prompt, method):
     """Whether the last token of the needle cannot see its first one: a chunk boundary of Mesa, the edge of a window."""
     first, last = prompt.span
-    plan = model.plan(method, n=len(prompt.ids), i=torch.tensor([last]), j=torch.arange(len(prompt.ids)))
+    plan = model.config.plan(method, n=len(prompt.ids), i=torch.tensor([last]), j=torch.arange(len(prompt.ids)))
     for region in plan.regions:
         if int(region.start) <= first < int(region.end):
             return False
@@ -285,7 +290,7 @@ def run(argv=None):
                               trials=args.trials, filler=filler_label, needles=args.needles)
     say(settings_line({**settings, "methods": args.methods, "device": device, "lengths": args.lengths}))
     results = Results(args.results, settings, ("method", "length", "cell", "trial"))
-    model = load_model(path, config, dtype, device, quantize=args.quantize)
+    model = open_model(args, path, config, dtype, device)
     run_grid(args, model, tokenizer, filler, results)
     report(args, results.rows.values(), L)
     return 0

@@ -23,8 +23,7 @@ import torch.nn.functional as F
 
 from cache import KVCache
 from cli import (Results, markdown, method_list, methods_asked, model_settings, new_parser, number, open_checkpoint,
-                 place, read_text, run_command, say, select, settings_line, short_hash)
-from model import load_model
+                 open_model, place, read_text, run_command, say, select, settings_line, short_hash)
 from positions import Method
 from show import figure_class, plot_key_tokens, plot_losses, say_warnings
 
@@ -367,7 +366,7 @@ def run(argv=None):
                               **protocol)
     say(settings_line({**settings, "methods": args.methods, "device": device}))
     results = Results(args.results, settings, key_fields)
-    model = load_model(path, config, dtype, device, quantize=args.quantize)
+    model = open_model(args, path, config, dtype, device)
     run_all(args, model, tokenizer, ids, results)
     if args.window:
         report_windows(args, results.rows.values())

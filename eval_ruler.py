@@ -27,9 +27,8 @@ from pathlib import Path
 import torch
 
 from cli import (Results, counts, markdown, method_list, methods_asked, model_settings, new_parser, number,
-                 open_checkpoint, place, read_text, run_command, say, select, settings_line, short_hash)
+                 open_checkpoint, open_model, place, read_text, run_command, say, select, settings_line, short_hash)
 from generate import decode, prefill, sample
-from model import load_model
 from plots import HIGHLIGHTED, check_highlight
 from ruler_tasks import NIAH, SIZES, TASKS, Size, answer_room, new_material, ruler_prompt, scaled_down, size_for
 from show import figure_class, plot_ruler, say_warnings
@@ -578,7 +577,7 @@ def run(argv=None):
     settings = model_settings(args, path, L, dtype, **prompt_settings, score_by=args.score)
     say(settings_line({**settings, "methods": args.methods, "device": device, "lengths": lengths}))
     results = Results(args.results, settings, ("method", "task", "length", "seed", "trial"))
-    model = load_model(path, config, dtype, device, quantize=args.quantize)
+    model = open_model(args, path, config, dtype, device)
     run_grid(args, model, tokenizer, cells, results)
 
     rows = [results.rows[key] for method in args.methods for cell in cells for key in keys_of(cell, method)]

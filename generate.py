@@ -13,13 +13,12 @@ import torch
 import hf
 from cache import KVCache
 from chat import Conversation, chat, open_template
-from checkpoint import find_checkpoint
+from checkpoint import weight_bytes
 from cli import (cache_settings, compile_dense, keep_cache, method_list, new_parser, number, open_cache,
-                 open_checkpoint, pick_device, pick_dtype, place, progress_of, prompt_flags, prompt_ids, read_prompt,
+                 open_checkpoint, open_model, place, progress_of, prompt_flags, prompt_ids, read_prompt,
                  run_command, say, settings_line, type_name, write_stream)
 from frequencies import FREQUENCIES, SCALES
 from geometry import METHODS
-from model import load_model
 from positions import Method, parse_settings, setting_text
 from show import explain, list_methods, method_note, say_warnings
 
@@ -68,7 +67,7 @@ def prefill(model, tokens, method, room=64, chunk=8192, impl="auto", progress=No
         # of the whole prompt, but not on where a piece begins, so pieces of any size give the same result.
         i = torch.arange(begin, end)
         j = torch.arange(end)
-        plan = method.plan(model.config, n, i, j)
+        plan = model.plan(method, n=n, i=i, j=j)
         # The cache takes the keys and values of the piece, un-rotated. Only the last token's logits are needed.
         logits = model(tokens[:, begin:end].to(device), plan, cache, last_only=True, impl=impl)
         if progress:
@@ -91,7 +90,7 @@ def decode(model, logits, cache, method, n, choose, max_new_tokens, impl="auto")
         # n stays that of the prompt, since what is cached was computed at positions that may depend on it.
         i = torch.tensor([len(cache)])
         j = torch.arange(len(cache) + 1)
-        plan = method.plan(model.config, n, i, j)
+        plan = model.plan(method, n=n, i=i, j=j)
         logits = model(token[:, None].to(logits.device), plan, cache, impl=impl)[:, -1]
 
 
@@ -185,8 +184,6 @@ def run(argv=None):
     if args.list_methods:
         print(list_methods())
         return 0
-    if hf.takes(find_checkpoint(args.ckpt)):
-        return run_in_transformers(args)
     path, config, tokenizer = open_checkpoint(args)
     method = asked_method(args)
     method.plan(config, n=1)  # a wrong name or setting shows here, before anything long
@@ -198,9 +195,10 @@ def run(argv=None):
     ids = list(before) if args.chat else prompt_ids(args, text, tokenizer, config.train_len, before)
     warn(args, config, method, len(ids))
     if args.explain:
-        print(explain(config, method, len(ids), args.max_new_tokens, dtype, args.quantize))
+        stored = weight_bytes(path) if hf.takes(path) else None
+        print(explain(config, method, len(ids), args.max_new_tokens, dtype, args.quantize, stored))
     tokens = 0 if args.explain else args.max_new_tokens  # that compiling may pay for
-    model = load_model(path, config, dtype, device, 10 ** 9 if args.compile else tokens, args.quantize)
+    model = open_model(args, path, config, dtype, device, 10 ** 9 if args.compile else tokens)
     if args.explain:
         print(f"decoding on {device}: {model.ways}")
         return 0
@@ -218,30 +216,6 @@ def run(argv=None):
         code = write_stream(answer(ids), tokenizer, ids, device, args.stop, len(before))
     keep_cache(args.save_cache, cache, ids, saving, note if args.chat else "")
     return code
-
-
-def run_in_transformers(args):
-    """The command, for a family that model.py does not know: its exit code."""
-    for flag, is_set in (("--explain", args.explain), ("--compile", args.compile), ("--impl", args.impl != "auto"),
-                         ("--quantize", args.quantize), ("--chat", args.chat), ("--save-cache", args.save_cache),
-                         ("--load-cache", args.load_cache)):
-        if is_set:
-            raise ValueError(f"{flag} is not there for a model that runs through transformers")
-    path = find_checkpoint(args.ckpt)
-    method = asked_method(args)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, hf.stored_type(path), device)
-    model, tokenizer = hf.load(path, dtype, device)
-    config = hf.positions_of(hf.extend(model, method, args.train_len))
-    ids = prompt_ids(args, read_prompt(args), tokenizer, config.train_len)
-    if not ids:
-        raise ValueError("the prompt is empty, or the folder has no tokenizer")
-    warn(args, config, method, len(ids))
-    say(settings_line(resolved_settings(args, config, method, len(ids), dtype, device)))
-    choose = sampler(args.temperature, args.top_k, args.top_p, args.seed)
-    chunk = args.prefill_chunk
-    tokens = hf.continue_ids(model, ids, choose, args.max_new_tokens, chunk, progress_of(chunk))
-    return write_stream(tokens, tokenizer, ids, device, args.stop)
 
 
 if __name__ == "__main__":

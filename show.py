@@ -205,6 +205,9 @@ def warnings(config, method, n, new=0):
         plan = last_query_plan(config, Method.of(method, **settings), n, total)
         return within(plan, config.train_len, config.rope_theta)
 
+    if not config.is_governed:
+        nothing = f"no layer of this model sees all keys by their positions, so {method} changes nothing"
+        return [nothing] if method.name else []
     sentences = untrained(config, method)
     if not fits({}):
         name = method.name or config.freq
@@ -253,23 +256,34 @@ def method_note(config, method):
     return note
 
 
-def explain(config, method, n, new=0, dtype=torch.float32, quantize=None):
+def explain(config, method, n, new=0, dtype=torch.float32, quantize=None, stored=None):
     """What a method does with a prompt of n tokens, as text: pairs, reach, a small picture; and the memory of weights
-    and cache in a torch dtype, with `new` tokens after the prompt; quantize as in model.load."""
+    and cache in a torch dtype, with `new` tokens after the prompt; quantize as in model.load. stored: the bytes of the
+    weights as they are stored, for a model that model.py does not know."""
     L = config.train_len
     plan = method.plan(config, n)
     asked = str(method) if method.name else f"{config.freq}{method}"
     lines = [f"{asked}: prompt of {n} tokens, training length {L} ({n / L:.3g} times)", *describe(plan, n)]
+    lines += layer_lines(config)
     if plan.q_scale is not None:
         lines.append(f"attention scale: {float(plan.q_scale.min()):.3f} to {float(plan.q_scale.max()):.3f}")
     if plan.mscale != 1:
         lines.append(f"logits times {plan.mscale ** 2:.3f}")
     lines.append(reach_text(config, method))
-    lines.append(memory_text(config, method, n, new, dtype, quantize))
+    lines.append(memory_text(config, method, n, new, dtype, quantize, stored))
     which = f"{SAMPLES} of the {n} tokens, evenly spread" if n > SAMPLES else "all tokens"
     lines.append(f"{which}: how far from each are those before it")
     lines.append(small_picture(config, method, n))
     return "\n".join(lines)
+
+
+def layer_lines(config):
+    """A line that counts the layers by what they attend by, where it is not one for all."""
+    if not config.layer_methods:
+        return []
+    counts = {own: config.layer_methods.count(own) for own in config.layer_methods}
+    parts = [f"{count} by {own or 'the method'}" for own, count in counts.items()]
+    return [f"layers: {', '.join(parts)}"]
 
 
 def reach_text(config, method):
@@ -279,10 +293,11 @@ def reach_text(config, method):
     return f"reach of a prompt with {settings}: {limit}"
 
 
-def memory_text(config, method, n, new, dtype, quantize=None):
+def memory_text(config, method, n, new, dtype, quantize=None, stored=None):
     bits = bits_asked(config, quantize)
-    weights = weight_bytes(config, dtype, bits)
+    weights = stored or weight_bytes(config, dtype, bits)
     kinds = type_name(dtype) if bits is None else f"int{bits} and {type_name(dtype)}"
+    kinds = "their file" if stored else kinds
     keys = key_count(config, n + new) * dtype.itemsize
     rotated_keys = keys * rotated_copies(last_query_plan(config, method, n, n + 1))
     return (f"memory: weights {mebibytes(weights)} in {kinds}, cache {mebibytes(2 * keys)} for the prompt "

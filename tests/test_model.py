@@ -45,20 +45,23 @@ def error(got, want):
 
 
 def reference(model, tokens, attention):
-    """Logits of a LLaMA (no biases, no tied head) as its paper has it, in float64; attention(layer, q, k, v)."""
+    """Logits of a LLaMA (no tied head) as its paper has it, in float64, and of its relatives with biases of q, k and v
+    and with norms of q and k; attention(layer, q, k, v)."""
     c, w = model.config, {name: p.double() for name, p in model.named_parameters()}
 
     def norm(x, name):
         return x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * w[name]
 
     def heads(x, name):
-        return (x @ w[name].T).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
+        x = x @ w[f"{name}_proj.weight"].T + w.get(f"{name}_proj.bias", 0)
+        x = x.unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
+        return norm(x, f"{name}_norm.weight") if f"{name}_norm.weight" in w else x
 
     x = w["model.embed_tokens.weight"][tokens]
     for layer in range(c.num_hidden_layers):
         at = f"model.layers.{layer}."
         h = norm(x, at + "input_layernorm.weight")
-        q, k, v = (heads(h, f"{at}self_attn.{name}_proj.weight") for name in "qkv")
+        q, k, v = (heads(h, f"{at}self_attn.{name}") for name in "qkv")
         out = attention(layer, q, k, v).transpose(1, 2).flatten(2)
         x = x + out @ w[at + "self_attn.o_proj.weight"].T
         h = norm(x, at + "post_attention_layernorm.weight")
@@ -275,6 +278,26 @@ def test_other_kinds_of_models(kind, cut):
         assert error(model(TOKENS, plan(0, 50)), want) < 1e-5, method
         assert error(in_pieces(model, TOKENS, cut(50), plan), want) < 1e-5, method
         assert error(model(TOKENS, plan_maker(plain, method, 40)(0, 50)), want) > 1e-3, method
+
+
+@torch.inference_mode()
+def test_biases_norms_and_layers_of_other_families(cut):
+    """The method governs the first layer alone; the second has a window, and no positions."""
+    model = random_model(qkv_bias=True, qk_norm=True, layer_methods=("", "sliding:window=12:freq=nope"))
+    plan = plan_maker(model, "mesa", 40)
+    mesa, local = plan(0, 50)
+    assert len(mesa.regions) == 3 and local.inv_freq is None and int(local.regions[0].start[49]) == 38
+    want = reference(model, TOKENS, by_oracle(mesa, local))
+    for impl in ("auto", "dense", "tiled"):
+        assert error(model(TOKENS, plan(0, 50), impl=impl), want) < 1e-5
+    assert error(in_pieces(model, TOKENS, cut(50), plan), want) < 1e-5
+    for part in ("q_proj.bias", "k_proj.bias", "v_proj.bias", "q_norm.weight", "k_norm.weight"):
+        parameter = model.get_parameter(f"model.layers.1.self_attn.{part}")
+        parameter[::3] += 1  # each makes a difference
+        assert error(model(TOKENS, plan(0, 50)), want) > 1e-3, part
+        parameter[::3] -= 1
+    with pytest.raises(ValueError, match="not of 2 layers"):
+        random_model(layer_methods=("",))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
