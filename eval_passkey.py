@@ -19,11 +19,7 @@ import torch
 from cli import (Results, accuracy, counts, markdown, method_list, methods_asked, model_settings, new_parser, number,
                  open_checkpoint, open_model, place, read_text, run_command, say, select, settings_line, short_hash)
 from generate import decode, prefill, sample
-<<<<<<< HEAD
-from model import load_model
 from plots import HIGHLIGHTED, check_highlight
-=======
->>>>>>> models
 from show import figure_class, heatmap, plot_passkey, say_warnings
 from tasks import FILLER, NAMES, TASKS, Prompt, answer_text, passkey_prompt, random_digits, record_prompt
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import hf
 from cli import (accuracy, method_list, open_checkpoint, place, plain_parser, read_text, run_command, say, select,
                  type_name)
 from frequencies import FREQUENCIES, SCALES, UNROTATED, pick, rope, whole
@@ -627,6 +628,8 @@ def traced_case(args, tokenizer, L):
 def run_trace(args):
     """The command with --trace: what a model's last token attends to, as text or as a picture; the exit code."""
     path, config, tokenizer = open_checkpoint(args)
+    if hf.takes(path):
+        raise ValueError(f"{path}: --trace is for families of model.py; this one runs through transformers")
     L = config.train_len
     names = [None] if args.method == "all" else method_list(args.method)
     methods = [Method.of(name, **parse_settings(args.set)) for name in names]

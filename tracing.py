@@ -35,7 +35,7 @@ class Case:
 class Trace:
     """What the last token of a Case attends to, and what the model says after it."""
     weights: Tensor  # (layers, H, T) float32, each row of T sums to 1
-    visible: Tensor  # (T,) bool: the keys that it sees
+    visible: Tensor  # (T,) bool: the keys that it sees, in one layer at least
     logits: Tensor   # (vocab_size,) float32
     case: Case
 
@@ -78,19 +78,21 @@ def trace(model, case, method, chunk=8192):
     cache = KVCache(model.config, T)
     for begin in range(0, T - 1, chunk):
         end = min(begin + chunk, T - 1)
-        plan = method.plan(model.config, case.n, torch.arange(begin, end), torch.arange(end))
+        plan = model.plan(method, n=case.n, i=torch.arange(begin, end), j=torch.arange(end))
         model(tokens[:, begin:end], plan, cache, last_only=True)
-    plan = method.plan(model.config, case.n, torch.tensor([T - 1]), torch.arange(T))
-    weights, logits = look(model, tokens[:, -1:], plan, cache)
+    plan = model.plan(method, n=case.n, i=torch.tensor([T - 1]), j=torch.arange(T))
+    plans = plan if isinstance(plan, list) else [plan] * model.config.num_hidden_layers
+    weights, logits = look(model, tokens[:, -1:], plans, cache)
     j = torch.arange(T)
     visible = torch.zeros(T, dtype=torch.bool)
-    for region in plan.regions:
+    for region in (region for plan in plans for region in plan.regions):
         visible |= (j >= region.start) & (j < region.end)
     return Trace(weights.cpu(), visible, logits.float().cpu(), case)
 
 
-def look(model, token, plan, cache):
-    """(weights (layers, H, T), logits (vocab_size,)) of one token (1, 1), whose cache holds the T - 1 before it.
+def look(model, token, plans, cache):
+    """(weights (layers, H, T), logits (vocab_size,)) of one token (1, 1), whose cache holds the T - 1 before it, with a
+    plan for each layer.
 
     The same steps as Llama.forward, with attend_dense, which can tell its weights.
     """
@@ -99,11 +101,11 @@ def look(model, token, plan, cache):
     for layer, block in enumerate(model.model.layers):
         attention = block.self_attn
         normed = block.input_layernorm(x)
-        q = attention.heads(attention.q_proj(normed))                   # (1, H, 1, D)
-        k = attention.heads(attention.k_proj(normed))
+        q = attention.q_norm(attention.heads(attention.q_proj(normed)))   # (1, H, 1, D)
+        k = attention.k_norm(attention.heads(attention.k_proj(normed)))
         v = attention.heads(attention.v_proj(normed))
         k, v = cache.append(layer, k, v)                                # (1, Hkv, T, D), un-rotated
-        out, shares = attend_dense(q, k, v, plan, return_weights=True)  # shares (1, H, 1, T)
+        out, shares = attend_dense(q, k, v, plans[layer], return_weights=True)  # shares (1, H, 1, T)
         weights.append(shares[0, :, 0])
         x = block.feed_forward(x + attention.o_proj(out.transpose(1, 2).flatten(2)))
     x = model.model.norm(x)
