@@ -113,8 +113,12 @@ def number(kind, least, most=float("inf")):
 def prompt_flags(flag):
     """Add the flags that say what is continued, and until when."""
     flag("prompt", help="text to continue; default: a passkey prompt of 8 times the window")
-    flag("prompt-file", metavar="PATH", help="read the prompt from a UTF-8 file, - for stdin")
+    flag("prompt-file", action="append", metavar="PATH", help="read the prompt from a UTF-8 file, - for stdin; "
+         "repeatable: prompts that are answered together")
     flag("prompt-ids", type=token_ids, metavar="IDS", help="the prompt as token ids, 1,2,3; nothing is added")
+    flag("prompts", metavar="FILE", help="many prompts from a file of JSON lines, each with a \"prompt\" or \"ids\"")
+    flag("out", metavar="FILE", help="of --prompts: their answers as JSON lines; those that are there are kept")
+    flag("rows", type=number(int, 1), default=16, help="prompts that are answered at once; default: %(default)s")
     flag("chat", action="store_true", help="turns on stdin and stdout, by the checkpoint's chat template")
     flag("system", metavar="TEXT", help="the system message of a chat")
     flag("stop", action="append", default=[], type=some_text, metavar="TEXT",
@@ -231,7 +235,7 @@ def read_prompt(args):
         raise ValueError("--prompt-ids and --explain are for one prompt, not for --chat")
     if args.system is not None and not args.chat:
         raise ValueError("--system is for --chat")
-    text = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
+    text = args.prompt if args.prompt_file is None else read_text(args.prompt_file[0])
     if text is not None and not text.strip():
         raise ValueError("the prompt is empty")
     return text
@@ -406,8 +410,11 @@ class Results:
         self.rows = {}
         open(self.path, "a").close()  # an OSError, before anything long, where it cannot be written
         for row in read_rows(self.path):
-            if all(row.get(name) == value for name, value in settings.items()):
+            if self.has_settings_of(row):
                 self.rows[self.key(row)] = row
+
+    def has_settings_of(self, row):
+        return all(row.get(name) == value for name, value in self.settings.items())
 
     def key(self, row):
         return tuple(row[name] for name in self.key_fields)

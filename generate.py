@@ -1,22 +1,25 @@
 """Continue a prompt with a checkpoint, far past its training length, by any method of geometry.py.
 
-Does: read the prompt in pieces, decode a token at a time, sample, stream text to stdout (all else goes to stderr).
-Does not: batch prompts of several lengths, train.
+Does: read the prompt in pieces, decode a token at a time, sample, stream text to stdout (all else goes to stderr);
+answer many prompts at once. Does not: train.
 
     python generate.py --method mesa                              # the shipped model, a passkey at 8 times its window
     python generate.py --method mesa:overlap=32 --ckpt llama-7b --prompt-file book.txt
+    python generate.py --method mesa --prompts questions.jsonl --out answers.jsonl
 """
 from functools import partial
 
 import torch
 
 import hf
+from batch import (Prompt, Row, decode_rows, ends_with_stop, keep_answers, print_answers, prompt_tokens, put_in_order,
+                   read_prompts)
 from cache import KVCache
 from chat import Conversation, chat, open_template
 from checkpoint import find_checkpoint
-from cli import (cache_settings, compile_dense, keep_cache, method_list, new_parser, number, open_cache,
-                 open_checkpoint, pick_device, pick_dtype, place, progress_of, prompt_flags, prompt_ids, read_prompt,
-                 run_command, say, settings_line, type_name, write_stream)
+from cli import (Results, cache_settings, compile_dense, keep_cache, method_list, model_settings, new_parser, number,
+                 open_cache, open_checkpoint, pick_device, pick_dtype, place, progress_of, prompt_flags, prompt_ids,
+                 read_prompt, read_text, run_command, say, settings_line, type_name, write_stream)
 from frequencies import FREQUENCIES, SCALES
 from geometry import METHODS
 from model import load_model
@@ -35,10 +38,7 @@ def generate(model, ids, method=None, *, max_new_tokens=64, temperature=0.0, top
     KVCache that holds the first len(cache) of the ids; only the others are computed, and appended to it.
     Raises ValueError for an empty prompt, and for ids that the model does not have.
     """
-    if not ids:
-        raise ValueError("the prompt is empty")
-    if min(ids) < 0 or max(ids) >= model.config.vocab_size:
-        raise ValueError(f"token ids outside the model's vocabulary of {model.config.vocab_size}; wrong tokenizer?")
+    check_ids(model, ids)
     method = Method.of(method, freq, attn_scale, **params)
     choose = sampler(temperature, top_k, top_p, seed)
     n = len(ids)
@@ -48,6 +48,40 @@ def generate(model, ids, method=None, *, max_new_tokens=64, temperature=0.0, top
         yield int(token)
         if int(token) in model.config.eos_token_id:
             return
+
+
+def generate_batch(model, prompts, method=None, *, rows=16, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0,
+                   seed=None, prefill_chunk=8192, impl="auto", progress=None, ended=None, freq=None, attn_scale=None,
+                   **params):
+    """Yield (number, its new tokens) of every prompt in a list of lists of ids, as they end: the tokens of generate.
+
+    Prompts may have different lengths, and each has a plan and a cache of its own. rows: how many are decoded at once.
+    seed: of every prompt, or a list with one for each. ended(number, tokens): whether the new tokens of a prompt are
+    a whole text, if something else than eos may say so. The others are those of generate.
+    """
+    for ids in prompts:
+        check_ids(model, ids)
+    method = Method.of(method, freq, attn_scale, **params)
+    seeds = seed if isinstance(seed, list) else [seed] * len(prompts)
+
+    def is_whole(number, tokens):
+        return tokens[-1] in model.config.eos_token_id or (ended is not None and ended(number, tokens))
+
+    def read():
+        for number, (ids, own_seed) in enumerate(zip(prompts, seeds, strict=True)):
+            choose = sampler(temperature, top_k, top_p, own_seed)
+            logits, cache = prefill(model, torch.tensor([ids]), method, max_new_tokens, prefill_chunk, impl, progress)
+            yield Row(number, len(ids), method, logits, cache, choose, max_new_tokens, partial(is_whole, number))
+    for row in decode_rows(model, read(), rows, impl):
+        yield row.number, row.tokens
+
+
+def check_ids(model, ids):
+    """ValueError unless ids are a prompt for this model."""
+    if not ids:
+        raise ValueError("the prompt is empty")
+    if min(ids) < 0 or max(ids) >= model.config.vocab_size:
+        raise ValueError(f"token ids outside the model's vocabulary of {model.config.vocab_size}; wrong tokenizer?")
 
 
 @torch.no_grad()
@@ -187,6 +221,8 @@ def run(argv=None):
         return 0
     if hf.takes(find_checkpoint(args.ckpt)):
         return run_in_transformers(args)
+    if is_batch(args):
+        return run_batch(args)
     path, config, tokenizer = open_checkpoint(args)
     method = asked_method(args)
     method.plan(config, n=1)  # a wrong name or setting shows here, before anything long
@@ -220,13 +256,84 @@ def run(argv=None):
     return code
 
 
+def is_batch(args):
+    """Whether several prompts are to be answered. ValueError for flags that do not go together."""
+    several = len(args.prompt_file or []) > 1
+    if (args.prompts is None) != (args.out is None):
+        raise ValueError("--prompts and --out go together")
+    if args.prompts is None and not several:
+        return False
+    refuse_flags(args, "for several prompts", "chat", "system", "explain", "save_cache", "load_cache", "prompt",
+                 "prompt_ids", *(["prompt_file"] if args.prompts else []))
+    return True
+
+
+def refuse_flags(args, where, *names):
+    """ValueError where one of these flags is set."""
+    for name in names:
+        if getattr(args, name) not in (None, False):
+            raise ValueError(f"--{name.replace('_', '-')} is not there {where}")
+
+
+def run_batch(args):
+    """The command, for several prompts: its exit code. Answers go to --out, or in the order of the prompts to stdout."""
+    path, config, tokenizer = open_checkpoint(args)
+    method = asked_method(args)
+    method.plan(config, n=1)
+    device, dtype = place(args, config)
+    prompts = asked_prompts(args, tokenizer)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    warn(args, config, method, longest)
+    missing = list(range(len(prompts)))
+    if args.out:
+        results = Results(args.out, batch_settings(args, path, config, method, dtype), ("row", "prompt_hash"))
+        missing = [number for number in missing if prompts[number].key(number) not in results.rows]
+    say(settings_line({"prompts": len(prompts), "to-answer": len(missing), "rows": args.rows,
+                       **resolved_settings(args, config, method, longest, dtype, device)}))
+    answers = iter(())
+    if missing:
+        model = load_model(path, config, dtype, device, 10 ** 9 if args.compile else 0, args.quantize)
+        if args.compile:
+            compile_dense(model)
+        answers = asked_answers(args, model, tokenizer, method, [prompts[number] for number in missing])
+    if args.out:
+        keep_answers(answers, prompts, missing, results, tokenizer, args, config.eos_token_id)
+        put_in_order(results)
+    else:
+        print_answers(answers, prompts, tokenizer, args.stop)
+    return 0
+
+
+def asked_prompts(args, tokenizer):
+    """The Prompts of --prompts, or of several --prompt-file."""
+    if args.prompts:
+        return read_prompts(args.prompts, tokenizer, args.seed)
+    texts = {file: read_text(file) for file in args.prompt_file}
+    return [Prompt(file, prompt_tokens(file, text, tokenizer), args.seed) for file, text in texts.items()]
+
+
+def asked_answers(args, model, tokenizer, method, prompts):
+    """Yield (number, new tokens) of every one of the Prompts, as they end."""
+    return generate_batch(model, [prompt.ids for prompt in prompts], method, rows=args.rows,
+                          max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                          top_p=args.top_p, seed=[prompt.seed for prompt in prompts], prefill_chunk=args.prefill_chunk,
+                          impl=args.impl, ended=partial(ends_with_stop, prompts, tokenizer, args.stop))
+
+
+def batch_settings(args, path, config, method, dtype):
+    """What tells the answers of a run from those of runs with other settings."""
+    method = Method(method.name or config.freq, method.freq, method.attn_scale, method.params)
+    return model_settings(args, path, config.train_len, dtype, method=str(method), stop=args.stop,
+                          max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                          top_p=args.top_p)
+
+
 def run_in_transformers(args):
     """The command, for a family that model.py does not know: its exit code."""
-    for flag, is_set in (("--explain", args.explain), ("--compile", args.compile), ("--impl", args.impl != "auto"),
-                         ("--quantize", args.quantize), ("--chat", args.chat), ("--save-cache", args.save_cache),
-                         ("--load-cache", args.load_cache)):
-        if is_set:
-            raise ValueError(f"{flag} is not there for a model that runs through transformers")
+    refuse_flags(args, "for a model that runs through transformers", "explain", "compile", "quantize", "chat",
+                 "save_cache", "load_cache", "prompts", "out")
+    if args.impl != "auto" or len(args.prompt_file or []) > 1:
+        raise ValueError("--impl and several prompts are not there for a model that runs through transformers")
     path = find_checkpoint(args.ckpt)
     method = asked_method(args)
     device = pick_device(args.device)
