@@ -52,8 +52,8 @@ class Row:
 def decode_rows(model, waiting, most=16, impl="auto"):
     """Yield Rows as they end, from an iterable of Rows that have not begun; at most `most` of them run at once.
 
-    The iterable is asked for its next Row when there is room for it. A row gets the tokens that it gets alone: attention
-    is the same, and products of all rows at once differ from those of one by rounding.
+    The iterable is asked for its next Row when there is room for it. A row gets the tokens that it gets alone: its
+    attention is the same, and products of all rows at once differ from those of one by rounding.
     """
     waiting = iter(waiting)
     rows = []
@@ -175,8 +175,8 @@ def print_answers(answers, prompts, tokenizer, stops):
 
 
 def put_in_order(results):
-    """Sort the rows of a Results file as their prompts are, after rows of other settings; in one step, so that a run
-    that is killed leaves the one file or the other, and a run that was killed ends with the file of one that was not."""
+    """Sort the rows of a Results file as their prompts are, after rows of other settings: a run that was killed ends
+    with the file of one that was not. In one step, so that being killed here leaves the one file or the other."""
     rows = read_rows(results.path)
     others = [row for row in rows if not results.has_settings_of(row)]
     ordered = others + [results.rows[key] for key in sorted(results.rows)]

@@ -64,14 +64,14 @@ def generate_batch(model, prompts, method=None, *, rows=16, max_new_tokens=64, t
     method = Method.of(method, freq, attn_scale, **params)
     seeds = seed if isinstance(seed, list) else [seed] * len(prompts)
 
-    def is_whole(number, tokens):
-        return tokens[-1] in model.config.eos_token_id or (ended is not None and ended(number, tokens))
+    def is_whole(index, tokens):
+        return tokens[-1] in model.config.eos_token_id or (ended is not None and ended(index, tokens))
 
     def read():
-        for number, (ids, own_seed) in enumerate(zip(prompts, seeds, strict=True)):
+        for index, (ids, own_seed) in enumerate(zip(prompts, seeds, strict=True)):
             choose = sampler(temperature, top_k, top_p, own_seed)
             logits, cache = prefill(model, torch.tensor([ids]), method, max_new_tokens, prefill_chunk, impl, progress)
-            yield Row(number, len(ids), method, logits, cache, choose, max_new_tokens, partial(is_whole, number))
+            yield Row(index, len(ids), method, logits, cache, choose, max_new_tokens, partial(is_whole, index))
     for row in decode_rows(model, read(), rows, impl):
         yield row.number, row.tokens
 
@@ -276,7 +276,7 @@ def refuse_flags(args, where, *names):
 
 
 def run_batch(args):
-    """The command, for several prompts: its exit code. Answers go to --out, or in the order of the prompts to stdout."""
+    """The command, for several prompts: its exit code. Answers go to --out, or in the prompts' order to stdout."""
     path, config, tokenizer = open_checkpoint(args)
     method = asked_method(args)
     method.plan(config, n=1)

@@ -147,7 +147,8 @@ def test_answers_that_are_there_are_kept(files, command):
         assert code == 0 and f"to-answer={4 - left.count(10)} " in err and files[1].read_bytes() == whole
     command(*flags, "--top-k", 3)
     assert files[1].read_bytes().startswith(whole) and len(lines(files[1])) == 8
-    files[0].write_text(files[0].read_text(encoding="utf-8").replace("grass\"", "grass\", \"seed\": 5"), encoding="utf-8")
+    text = files[0].read_text(encoding="utf-8")
+    files[0].write_text(text.replace("grass\"", "grass\", \"seed\": 5"), encoding="utf-8")
     assert "to-answer=1 " in command(*flags)[2]
 
 
