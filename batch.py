@@ -42,10 +42,33 @@ class Row:
         self.tokens.append(int(self.choose(self.logits)))
         return len(self.tokens) == self.room or self.ended(self.tokens)
 
-    def plan(self, config):
-        """The plan of the last token, which looks at all that is cached, and at itself."""
-        i = torch.tensor([len(self.cache)])
-        return self.method.plan(config, self.n, i, torch.arange(len(self.cache) + 1))
+
+class RowCaches:
+    """The caches of several rows, each with its own plan, in the place of one KVCache for a step of all of them."""
+
+    def __init__(self, caches, plans):
+        self.caches = caches    # of each row
+        self.plans = plans      # of each row its Plan for one query, or a list with one for each layer
+
+    def attend(self, layer, q, k, v, plan, impl, row):
+        """KVCache.attend row by row, by the rows' own plans: q (B, H, 1, D), and k, v (B, Hkv, 1, D)."""
+        outs = []
+        for b, (cache, plan) in enumerate(zip(self.caches, self.plans)):
+            own = plan[layer] if isinstance(plan, list) else plan
+            outs.append(cache.attend(layer, q[b:b + 1], k[b:b + 1], v[b:b + 1], own, impl, row))
+        return torch.cat(outs)
+
+
+def next_plan(model, method, n, cache):
+    """The plan of one more token: the one query, at index len(cache), which looks at all that is cached, and at itself.
+
+    Before a full cache has to grow, it forgets what no query from this one on sees, if that is a quarter of it.
+    """
+    if cache.is_full():
+        keep = method.later_keys(model.config, n, len(cache))
+        if sum(stop - start for start, stop in keep) <= 0.75 * cache.size:
+            cache.forget(keep)
+    return model.plan(method, n=n, i=torch.tensor([len(cache)]), j=cache.indices(new=1))
 
 
 @torch.inference_mode()
@@ -71,8 +94,9 @@ def decode_rows(model, waiting, most=16, impl="auto"):
             return
         # 2. one step of all rows
         tokens = torch.tensor([row.tokens[-1] for row in rows]).to(rows[0].logits.device)
-        plans = [row.plan(model.config) for row in rows]
-        logits = model.step(tokens, plans, [row.cache for row in rows], impl)
+        plans = [next_plan(model, row.method, row.n, row.cache) for row in rows]
+        caches = RowCaches([row.cache for row in rows], plans)
+        logits = model(tokens[:, None], plans[0], caches, impl=impl)[:, -1]  # of the plan, but how many queries it has
         for row, row_logits in zip(rows, logits.split(1)):
             row.logits = row_logits
         # 3. each chooses its next token; those that end leave

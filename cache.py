@@ -1,7 +1,7 @@
 """The cache of a LLaMA: un-rotated keys and values of every layer, and the rotated copies that decoding wants.
 
-Does: hold them, forget the last ones, write them to a file and read them back. Does not: choose positions
-(positions.py) or rotate by itself (rotation.py).
+Does: hold them, attend to them, forget the last ones and those that no later query sees, write them to a file and read
+them back. Does not: choose positions (positions.py) or rotate by itself (rotation.py).
 
     cache = KVCache(config)
     k, v = cache.append(layer, k, v)            # all keys and values of the layer, (B, Hkv, Tk, D)
@@ -18,6 +18,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from attention import attend
 from plan import same
 from rotation import is_unrotated, rotate_keys
 
@@ -37,12 +38,58 @@ class KVCache:
         self.k = [None] * layers
         self.v = [None] * layers
         self.copies = [[] for _ in range(layers)]
+        self.until = 0                  # the tokens before it were looked through by forget, which has kept
+        self.kept = torch.arange(0)     # these of them, indices in rising order
 
     def __len__(self):
-        return self.length[-1]
+        """How many tokens have been appended, forgotten ones included."""
+        return self.length[-1] + self.forgotten
+
+    @property
+    def forgotten(self):
+        return self.until - len(self.kept)
+
+    def is_full(self):
+        """Whether it grows with the next token."""
+        return self.length[-1] >= self.size
+
+    def indices(self, new=0):
+        """The indices (Tk,) of all tokens that are held, and of `new` ones after them: the keys j of a plan."""
+        return torch.cat((self.kept, torch.arange(self.until, len(self) + new)))
+
+    def forget(self, keep):
+        """Forget the tokens outside of the intervals keep, [(start, stop)]: see Method.later_keys.
+
+        Of tokens 0..9 with [(0, 2), (5, 10)] seven stay; len(cache) is 10 as before, and the next token has index 10.
+        """
+        indices = self.indices()
+        stays = torch.zeros(len(indices), dtype=torch.bool)
+        for start, stop in keep:
+            stays |= (indices >= start) & (indices < stop)
+        if bool(stays.all()):
+            return
+        now = len(self)
+        places = stays.nonzero()[:, 0]
+        self.empty()  # what it is, where Ctrl-C comes before all layers are done
+        for stored in (*self.k, *self.v):
+            stored[:, :, :len(places)] = stored[:, :, places.to(stored.device)]
+        self.until = now
+        self.kept = indices[places]
+        self.length = [len(places)] * len(self.length)
+
+    def empty(self):
+        """Forget everything, as if nothing had been appended."""
+        self.length = [0] * len(self.length)
+        self.copies = [[] for _ in self.length]
+        self.until = 0
+        self.kept = torch.arange(0)
 
     def cut(self, length):
-        """Forget all but the first `length` tokens."""
+        """Forget all but the first `length` tokens; all of them, where those after have had what is forgotten."""
+        if length < self.until:
+            self.empty()
+            return
+        length -= self.forgotten
         self.length = [length] * len(self.length)
         for copies in self.copies:
             for copy in copies:
@@ -62,6 +109,15 @@ class KVCache:
             stored[layer][:, :, old:new] = fresh
         self.length[layer] = new
         return self.k[layer][:, :, :new], self.v[layer][:, :, :new]
+
+    def attend(self, layer, q, k, v, plan, impl, row):
+        """Append k, v (B, Hkv, T, D) and let queries q (B, H, Tq, D) look at all there are; see attention.attend."""
+        tokens = k.shape[2]
+        k, v = self.append(layer, k, v)                     # (B, Hkv, Tk, D), un-rotated
+        rotated = None
+        if tokens == 1 and not q.is_cuda:                   # decoding; the Triton kernel rotates keys as it reads them
+            rotated = self.rotated(layer, plan)
+        return attend(q, k, v, plan, impl, rotated, row)
 
     def rotated(self, layer, plan):
         """For each of plan.key_positions the layer's keys (B, Hkv, Tk, D) rotated to it; only what is new is computed.
@@ -124,10 +180,11 @@ def save_cache(file, cache, ids, settings, note=""):
 
     settings: {name: text} of all that must be the same where the cache is used again. note: any text to keep with it.
     """
-    tensors = {"ids": torch.tensor(ids)}
+    tensors = {"ids": torch.tensor(ids), "kept": cache.kept, "until": torch.tensor(cache.until)}
+    held = len(ids) - cache.forgotten
     for layer in range(len(cache.length)):
-        tensors[f"k.{layer}"] = cache.k[layer][:, :, :len(ids)].contiguous()  # (B, Hkv, T, D)
-        tensors[f"v.{layer}"] = cache.v[layer][:, :, :len(ids)].contiguous()
+        tensors[f"k.{layer}"] = cache.k[layer][:, :, :held].contiguous()  # (B, Hkv, T, D)
+        tensors[f"v.{layer}"] = cache.v[layer][:, :, :held].contiguous()
     metadata = {"format": "beyond cache", "settings": json.dumps(settings), "ids": ids_hash(ids), "note": note}
     partial = f"{file}.partial"
     save_file(tensors, partial, metadata)
@@ -146,13 +203,17 @@ def load_cache(file, config, settings, device="cpu"):
             metadata = saved.metadata() or {}
             check_settings(file, metadata, settings)
             ids = saved.get_tensor("ids").tolist()
-            cache = KVCache(config, len(ids) + 1024)
-            shape = (1, config.num_key_value_heads, len(ids), config.head_dim)
+            kept, until = saved.get_tensor("kept"), int(saved.get_tensor("until"))
+            held = len(ids) - until + len(kept)
+            cache = KVCache(config, held + 1024)
+            shape = (1, config.num_key_value_heads, held, config.head_dim)
             for layer in range(config.num_hidden_layers):
                 k, v = saved.get_tensor(f"k.{layer}"), saved.get_tensor(f"v.{layer}")
-                if k.shape != shape or v.shape != shape or ids_hash(ids) != metadata["ids"]:
+                is_sound = len(kept) <= until <= len(ids) and ids_hash(ids) == metadata["ids"]
+                if k.shape != shape or v.shape != shape or not is_sound:
                     raise ValueError(f"{file}: a damaged cache")
                 cache.append(layer, k, v)
+            cache.kept, cache.until = kept.cpu(), until
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
     return cache, ids, metadata["note"]

@@ -104,7 +104,7 @@ def answer_logps(model, logits, cache, right, method, n, impl):
     As if the answer had been written: one pass over all its tokens but the last, which are left in the cache.
     """
     end = n + right.shape[1] - 1
-    plan = model.plan(method, n=n, i=torch.arange(n, end), j=torch.arange(end))
+    plan = model.plan(method, n=n, i=torch.arange(n, end), j=cache.indices(end - n))
     rest = model(right[:, :-1].to(logits.device), plan, cache, impl=impl)
     logits = torch.cat((logits[:, None], rest), dim=1)  # (B, length, vocab)
     logp = logits.float().log_softmax(-1).cpu().gather(-1, right[..., None])

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 
 import hf
-from batch import (Prompt, Row, decode_rows, ends_with_stop, keep_answers, print_answers, prompt_tokens, put_in_order,
-                   read_prompts)
+from batch import (Prompt, Row, decode_rows, ends_with_stop, keep_answers, next_plan, print_answers, prompt_tokens,
+                   put_in_order, read_prompts)
 from cache import KVCache
 from chat import Conversation, chat, open_template
 from checkpoint import find_checkpoint
@@ -94,20 +94,29 @@ def prefill(model, tokens, method, room=64, chunk=8192, impl="auto", progress=No
     n = tokens.shape[1]
     device = next(model.parameters()).device
     cache = KVCache(model.config) if cache is None else cache
-    cache.size = max(cache.size, n + min(room, 1024))
+    cache.size = max(cache.size, most_held(method, model.config, n, chunk) + min(room, 1024))
     cache.cut(min(len(cache), n - 1))  # the last token is computed anew for its logits, if it is in the cache
     for begin in range(len(cache), n, chunk):
         end = min(begin + chunk, n)
+        # What neither these queries nor later ones see makes room for them: StreamingLLM keeps sinks and a window.
+        if begin > 0:
+            cache.forget(method.later_keys(model.config, n, begin))
         # The queries of this piece look at all keys up to its end. Where they stand depends on i, j and the length n
         # of the whole prompt, but not on where a piece begins, so pieces of any size give the same result.
         i = torch.arange(begin, end)
-        j = torch.arange(end)
-        plan = method.plan(model.config, n, i, j)
+        j = cache.indices(new=end - begin)
+        plan = model.plan(method, n=n, i=i, j=j)
         # The cache takes the keys and values of the piece, un-rotated. Only the last token's logits are needed.
         logits = model(tokens[:, begin:end].to(device), plan, cache, last_only=True, impl=impl)
         if progress:
             progress(end, n)
     return logits[:, -1], cache
+
+
+def most_held(method, config, n, chunk):
+    """How many tokens of a prompt of n a cache holds at once: all, or what later queries see of them and a piece."""
+    seen = sum(stop - start for start, stop in method.later_keys(config, n, n))
+    return min(n, seen + chunk)
 
 
 @torch.inference_mode()
@@ -123,9 +132,7 @@ def decode(model, logits, cache, method, n, choose, max_new_tokens, impl="auto")
             return  # nobody wants the logits after the last token
         # The new token becomes the one query, at index len(cache). It looks at all that is cached, and at itself.
         # n stays that of the prompt, since what is cached was computed at positions that may depend on it.
-        i = torch.tensor([len(cache)])
-        j = torch.arange(len(cache) + 1)
-        plan = method.plan(model.config, n, i, j)
+        plan = next_plan(model, method, n, cache)
         logits = model(token[:, None].to(logits.device), plan, cache, impl=impl)[:, -1]
 
 

@@ -9,8 +9,6 @@ values (cache.py), or sample (generate.py).
 
 Letters: B batch, T tokens, H and Hkv query and key heads, Tq, Tk queries and keys, D head width.
 """
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -64,13 +62,6 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias, self.product)
 
 
-@dataclass
-class RowPlans:
-    """The plans of one layer for one more token in each of several rows; in the place of a Plan for all of them."""
-    rows: list  # of Plans, each of one query
-    Tq = 1
-
-
 class Attention(nn.Module):
     row = staticmethod(ATTENTIONS[Ways().attention])  # attention of a single row
 
@@ -88,21 +79,11 @@ class Attention(nn.Module):
         q = self.heads(self.q_proj(x[:, -plan.Tq:]))    # (B, H, Tq, D)
         k = self.heads(self.k_proj(x))                  # (B, Hkv, T, D)
         v = self.heads(self.v_proj(x))
-        out = self.look(q, k, v, plan, cache, impl)     # (B, H, Tq, D)
+        if cache is None:
+            out = attend(q, k, v, plan, impl, row=self.row)                     # (B, H, Tq, D)
+        else:
+            out = cache.attend(self.layer, q, k, v, plan, impl, self.row)
         return self.o_proj(out.transpose(1, 2).flatten(2))
-
-    def look(self, q, k, v, plan, cache, impl):
-        """Attention (B, H, Tq, D) of q to all keys there are, k and v (B, Hkv, T, D) of these tokens added to them."""
-        if isinstance(plan, RowPlans):                  # each row has seen tokens of its own
-            rows = zip(q.split(1), k.split(1), v.split(1), plan.rows, cache)
-            return torch.cat([self.look(*row, impl) for row in rows])
-        rotated = None
-        if cache is not None:
-            is_decoding = k.shape[2] == 1
-            k, v = cache.append(self.layer, k, v)       # (B, Hkv, Tk, D), un-rotated
-            if is_decoding and not q.is_cuda:           # the Triton kernel rotates keys as it reads them
-                rotated = cache.rotated(self.layer, plan)
-        return attend(q, k, v, plan, impl, rotated, self.row)
 
     def heads(self, x):
         """(B, T, heads * D) -> (B, heads, T, D)."""
@@ -181,31 +162,16 @@ class Llama(nn.Module):
         plan: made by model.plan, i being these tokens and j all tokens so far, those in the cache and these; or a list
         of plans, one for each layer. With a cache the keys and values of the tokens are appended to it.
         """
-        plans = self.layer_plans(plan)
+        layers = self.config.num_hidden_layers
+        plans = list(plan) if isinstance(plan, (list, tuple)) else [plan] * layers
+        if len(plans) != layers:
+            raise ValueError(f"{len(plans)} plans for {layers} layers")
         if last_only:  # of the other tokens the last layer then needs only keys and values: nearly a layer less to do
             plans[-1] = plans[-1].last()
         x = self.model(tokens, plans, cache, impl)
         if self.config.tie_word_embeddings:
             return linear(x, self.model.embed_tokens.weight, None, PRODUCTS[self.ways.product])
         return self.lm_head(x)
-
-    def step(self, tokens, plans, caches, impl="auto"):
-        """Logits (B, vocab_size) after one more token (B,) int64 in each of B rows of different lengths.
-
-        plans, caches: of each row its plan (or list of plans) as in forward, for this one query, and its cache. Weights
-        are read once for all rows; attention is row by row, and as in a row alone.
-        """
-        by_row = [self.layer_plans(plan) for plan in plans]
-        by_layer = [RowPlans(list(rows)) for rows in zip(*by_row)]
-        return self(tokens[:, None], by_layer, caches, impl=impl)[:, -1]
-
-    def layer_plans(self, plan):
-        """The list of plans, one for each layer, of a plan or such a list."""
-        layers = self.config.num_hidden_layers
-        plans = list(plan) if isinstance(plan, (list, tuple)) else [plan] * layers
-        if len(plans) != layers:
-            raise ValueError(f"{len(plans)} plans for {layers} layers")
-        return plans
 
     def use_ways(self, ways):
         """Compute single rows by these single_row.Ways."""

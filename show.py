@@ -117,8 +117,10 @@ def scale_text(freq, scale):
 # how far a method reaches
 
 def last_query_plan(config, method, n, total):
-    """The plan of the last of `total` tokens, the first n of which are the prompt."""
-    return method.plan(config, n, torch.tensor([total - 1]), torch.arange(total))
+    """The plan of the last of `total` tokens, the first n of which are the prompt, with the keys that it may see."""
+    last = torch.tensor([total - 1])
+    earlier = [torch.arange(start, stop) for start, stop in method.later_keys(config, n, total - 1)]
+    return method.plan(config, n, last, torch.cat([*earlier, last]))
 
 
 def slowdown(plan, base=1e4):

@@ -11,12 +11,15 @@ from make_golden import (GOLDEN, GREEDY, HF_CONFIGS, KEPT, KEPT_OF_STORY, LONGRO
                          hf_model, weight)
 from oracle import oracle
 
+from batch import next_plan
 from cache import KVCache
 from frequencies import FREQUENCIES
 from geometry import METHODS
 from config import Config
+from generate import prefill
 from model import Llama, by_rows, load, load_model
 from plan import Plan, Region
+from positions import Method
 
 GOLDEN = json.loads(GOLDEN.read_text(encoding="utf-8"))
 
@@ -301,6 +304,45 @@ def test_decoding_may_change_its_method_and_be_cut_back():
         plan = plan_maker(model, method, 50, **params)(t, t + 1)
         got, want = (model(torch.tensor([[token]]), plan, c) for c in (cache, fresh))
         assert error(got, want) < 1e-5, (method, t)
+
+
+FORGETFUL = ["streaming-llm", "streaming-llm:sinks=2:recent=20:freq=yarn", "lm-infinite", "sliding:window=30",
+             "chunked:chunk=32", "sliding:window=5:freq=alibi:attn-scale=logn"]
+
+
+@pytest.mark.parametrize("method", FORGETFUL)
+@torch.inference_mode()
+def test_a_cache_that_forgets_gives_the_logits_of_one_that_does_not(method):
+    """A prompt in pieces of 50, and 150 tokens decoded; what it holds is what is seen and a piece, doubled at most."""
+    model = random_model()
+    method = Method.parse(method)
+    tokens = TOKENS.repeat(1, 8)[:, :400]
+    want = model(tokens, plan_maker(model, method, 250)(0, 400))
+    logits, cache = prefill(model, tokens[:, :250], method, room=8, chunk=50)
+    got = [logits]
+    for t in range(250, 400):
+        got.append(model(tokens[:, t:t + 1], next_plan(model, method, 250, cache), cache)[:, 0])
+    assert error(torch.stack(got, 1), want[:, 249:]) < 1e-5
+    assert len(cache) == 400 and cache.k[0].shape[2] <= 130
+    with pytest.raises(ValueError, match="query 400 sees a key that the cache has forgotten"):
+        model.plan("rope", n=250, i=torch.tensor([400]), j=cache.indices(new=1))
+
+
+@torch.inference_mode()
+def test_a_cache_that_has_forgotten_is_cut_back_where_it_can_be():
+    """To where it last forgot, as nothing before has been seen by what comes then; else to nothing."""
+    model = random_model()
+    method = Method.parse("streaming-llm:recent=20")
+    want = model(TOKENS, plan_maker(model, method, 50)(0, 50))[:, 40:]
+    for length in (40, 43, 49):
+        _, cache = prefill(model, TOKENS, method, chunk=20)
+        assert cache.until == 40 and cache.kept.tolist() == [0, 1, 2, 3, *range(20, 40)]
+        cache.cut(length)
+        assert len(cache) == length
+        plan = model.plan(method, n=50, i=torch.arange(length, 50), j=cache.indices(new=50 - length))
+        assert error(model(TOKENS[:, length:], plan, cache), want[:, length - 40:]) < 1e-5
+    cache.cut(39)
+    assert len(cache) == 0 and error(prefill(model, TOKENS, method, cache=cache)[0], want[:, -1]) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
