@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from attention import attend
+from frequencies import pick
 from plan import same
 from rotation import is_unrotated, rotate_keys
 
@@ -28,12 +29,14 @@ class KVCache:
 
     Un-rotated, because the position of a cached key depends on the method, the region and the query that looks at it.
     After two appends of 5 and 3 tokens, append returns views of 8 tokens and len(cache) is 8. Beside them it holds
-    the copies that decoding wants rotated, see rotated().
+    the copies that decoding wants rotated, see rotated(). With config.cache_dtype "bfloat16" or "int8" it holds fewer
+    bytes than it is given: then append returns all of them unpacked, and there are no rotated copies.
     """
 
     def __init__(self, config, size=64):
         layers = config.num_hidden_layers
         self.size = max(size, 1)
+        self.dtype = config.cache_dtype and pick(CACHE_DTYPES, "type of caches", config.cache_dtype)
         self.length = [0] * layers
         self.k = [None] * layers
         self.v = [None] * layers
@@ -101,21 +104,22 @@ class KVCache:
         new = old + k.shape[2]
         while new > self.size:
             self.size *= 2
-        for stored, fresh in ((self.k, k), (self.v, v)):
+        for stored, fresh in ((self.k, pack(k, self.dtype)), (self.v, pack(v, self.dtype))):
             if stored[layer] is None:
                 stored[layer] = with_room(fresh[:, :, :0], self.size)
             elif stored[layer].shape[2] < new:
                 stored[layer] = with_room(stored[layer][:, :, :old], self.size)
             stored[layer][:, :, old:new] = fresh
         self.length[layer] = new
-        return self.k[layer][:, :, :new], self.v[layer][:, :, :new]
+        return unpack(self.k[layer][:, :, :new], k.dtype), unpack(self.v[layer][:, :, :new], v.dtype)
 
     def attend(self, layer, q, k, v, plan, impl, row):
         """Append k, v (B, Hkv, T, D) and let queries q (B, H, Tq, D) look at all there are; see attention.attend."""
         tokens = k.shape[2]
         k, v = self.append(layer, k, v)                     # (B, Hkv, Tk, D), un-rotated
         rotated = None
-        if tokens == 1 and not q.is_cuda:                   # decoding; the Triton kernel rotates keys as it reads them
+        is_plain = self.k[layer].dtype == k.dtype
+        if tokens == 1 and is_plain and not q.is_cuda:      # decoding; the Triton kernel rotates keys as it reads them
             rotated = self.rotated(layer, plan)
         return attend(q, k, v, plan, impl, rotated, row)
 
@@ -163,6 +167,27 @@ class RotatedKeys:
         return self.keys[:, :, :new]
 
 
+CACHE_DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8}
+SCALE = 4  # bytes of the scale of a row
+
+
+def pack(x, dtype):
+    """Keys or values x (B, Hkv, T, D) as a cache of this type holds them: int8 as rows of D numbers and, in the last
+    four bytes, their float32 scale, which makes the largest of them 127 or -127: (B, Hkv, T, D + 4)."""
+    if dtype != torch.int8:
+        return x if dtype is None else x.to(dtype)
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-30) / 127
+    return torch.cat(((x / scale).round().to(torch.int8), scale.view(torch.int8)), -1)
+
+
+def unpack(rows, dtype):
+    """The inverse of pack, but for rounding: (B, Hkv, T, D) in dtype; without a copy where that is what rows are."""
+    if rows.dtype != torch.int8:
+        return rows.to(dtype)
+    scale = rows[..., -SCALE:].contiguous().view(torch.float32)
+    return rows[..., :-SCALE].to(dtype).mul_(scale.to(dtype))
+
+
 def with_room(x, room):
     """A copy of x (B, H, T, D) at the start of a tensor (B, H, room, D), which may be written to in and outside of
     torch.inference_mode alike."""
@@ -206,13 +231,15 @@ def load_cache(file, config, settings, device="cpu"):
             kept, until = saved.get_tensor("kept"), int(saved.get_tensor("until"))
             held = len(ids) - until + len(kept)
             cache = KVCache(config, held + 1024)
-            shape = (1, config.num_key_value_heads, held, config.head_dim)
+            width = config.head_dim + SCALE * (cache.dtype == torch.int8)
+            shape = (1, config.num_key_value_heads, held, width)
             for layer in range(config.num_hidden_layers):
                 k, v = saved.get_tensor(f"k.{layer}"), saved.get_tensor(f"v.{layer}")
                 is_sound = len(kept) <= until <= len(ids) and ids_hash(ids) == metadata["ids"]
                 if k.shape != shape or v.shape != shape or not is_sound:
                     raise ValueError(f"{file}: a damaged cache")
-                cache.append(layer, k, v)
+                cache.k[layer], cache.v[layer] = with_room(k, cache.size), with_room(v, cache.size)
+            cache.length = [held] * len(cache.length)
             cache.kept, cache.until = kept.cpu(), until
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None

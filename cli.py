@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from attention import IMPLEMENTATIONS
-from cache import KVCache, load_cache, save_cache
+from cache import CACHE_DTYPES, KVCache, load_cache, save_cache
 from checkpoint import find_checkpoint, refuse_unfinished
 from config import Config
 from geometry import METHODS
@@ -76,6 +76,7 @@ def new_parser(doc):
     flag("dtype", choices=["auto", *DTYPES], default="auto")
     flag("device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     flag("impl", choices=IMPLEMENTATIONS, default="auto", help="how attention is computed")
+    flag("cache-dtype", choices=CACHE_DTYPES, help="hold keys and values in fewer bytes; default: as they are")
     flag("train-len", type=number(int, 1), help="override the training length L of config.json")
     flag("quantize", choices=BITS, help="weights of 8 or 4 bits, see quantized.py; default: as stored")
     return parser, flag
@@ -193,6 +194,7 @@ def open_checkpoint(args):
     path = find_checkpoint(args.ckpt)
     refuse_unfinished(path)
     config = Config.from_hf(path, args.train_len)
+    config.cache_dtype = args.cache_dtype
     return path, config, load_tokenizer(path, config.bos_token_id)
 
 
@@ -258,7 +260,8 @@ def cache_settings(args, path, config, method, dtype):
     params = dict(sorted(method.params.items()))
     method = Method(method.name or config.freq, method.freq, method.attn_scale, params)
     return {"checkpoint": fingerprint(path), "method": str(method), "train-len": str(config.train_len),
-            "dtype": type_name(dtype), "quantize": str(args.quantize)}
+            "dtype": type_name(dtype), "quantize": str(args.quantize),
+            "cache-dtype": str(args.cache_dtype)}
 
 
 def open_cache(file, config, settings, device):
@@ -284,7 +287,7 @@ def keep_cache(file, cache, ids, settings, note):
 def model_settings(args, path, L, dtype, **protocol):
     """The settings that tell the rows of an evaluation from others: its protocol, and all that is about the model."""
     return {"ckpt": args.ckpt, "weights": fingerprint(path), **protocol, "train_len": L, "dtype": type_name(dtype),
-            "impl": args.impl, "quantize": args.quantize}
+            "impl": args.impl, "quantize": args.quantize, "cache_dtype": args.cache_dtype}
 
 
 def type_name(dtype):

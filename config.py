@@ -37,6 +37,7 @@ class Config:
     rotary_dim: int | None = None                    # how many channels of a head turn; None: all
     interleaved: bool = False                        # pairs of channels (2p, 2p + 1), not (p, p + rotary_dim/2)
     bits: int | None = None                          # our key quantization: weights stored in 8 or 4 bits; None: plain
+    cache_dtype: str | None = None                   # how a cache holds keys and values, see cache.py; None: plain
     cosine_attention: float | None = None            # our key: logits are this times the cosine of q and k (CosScale)
 
     @staticmethod

@@ -210,7 +210,8 @@ def resolved_settings(args, config, method, n, dtype, device):
                 "train-len": config.train_len,
                 "dtype": type_name(dtype),
                 "device": device}
-    for name in ("quantize", "impl", "prefill-chunk", "max-new-tokens", "temperature", "top-k", "top-p", "seed"):
+    for name in ("quantize", "cache-dtype", "impl", "prefill-chunk", "max-new-tokens", "temperature", "top-k", "top-p",
+                 "seed"):
         settings[name] = getattr(args, name.replace("-", "_"))
     return settings
 
@@ -337,8 +338,8 @@ def batch_settings(args, path, config, method, dtype):
 
 def run_in_transformers(args):
     """The command, for a family that model.py does not know: its exit code."""
-    refuse_flags(args, "for a model that runs through transformers", "explain", "compile", "quantize", "chat",
-                 "save_cache", "load_cache", "prompts", "out")
+    refuse_flags(args, "for a model that runs through transformers", "explain", "compile", "quantize",
+                 "cache_dtype", "chat", "save_cache", "load_cache", "prompts", "out")
     if args.impl != "auto" or len(args.prompt_file or []) > 1:
         raise ValueError("--impl and several prompts are not there for a model that runs through transformers")
     path = find_checkpoint(args.ckpt)

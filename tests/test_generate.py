@@ -50,8 +50,8 @@ def test_mesa_finds_the_passkey_at_eight_times_the_window(command):
     note, settings, speed = err.splitlines()
     assert note == "no prompt given: a passkey prompt of 2048 tokens, 8 times the window; the key is 71432"
     assert settings == ("ckpt=tiny method=mesa set=defaults attn-scale=logn prompt=2048 train-len=256 dtype=float32 "
-                        "device=cpu quantize=none impl=auto prefill-chunk=8192 max-new-tokens=64 temperature=0.0 "
-                        "top-k=0 top-p=1.0 seed=1337")
+                        "device=cpu quantize=none cache-dtype=none impl=auto prefill-chunk=8192 max-new-tokens=64 "
+                        "temperature=0.0 top-k=0 top-p=1.0 seed=1337")
     assert re.fullmatch(r"prefill [\d.]+ tokens/s, decode [\d.]+ tokens/s, peak memory \d+ MiB", speed)
 
 

@@ -12,7 +12,7 @@ from make_golden import (GOLDEN, GREEDY, HF_CONFIGS, KEPT, KEPT_OF_STORY, LONGRO
 from oracle import oracle
 
 from batch import next_plan
-from cache import KVCache
+from cache import KVCache, pack, unpack
 from frequencies import FREQUENCIES
 from geometry import METHODS
 from config import Config
@@ -326,6 +326,35 @@ def test_a_cache_that_forgets_gives_the_logits_of_one_that_does_not(method):
     assert len(cache) == 400 and cache.k[0].shape[2] <= 130
     with pytest.raises(ValueError, match="query 400 sees a key that the cache has forgotten"):
         model.plan("rope", n=250, i=torch.tensor([400]), j=cache.indices(new=1))
+
+
+@pytest.mark.parametrize("cache_dtype, bound", [("bfloat16", 0.03), ("int8", 0.05)])
+@torch.inference_mode()
+def test_a_cache_of_fewer_bytes(cache_dtype, bound, cut):
+    """Near the logits of a whole one, and the same whatever the pieces; it grows and forgets as any other."""
+    model, plain = random_model(cache_dtype=cache_dtype), random_model()
+    for method in ("mesa", "streaming-llm:recent=20"):
+        plan = plan_maker(model, method, 40)
+        want = model(TOKENS, plan(0, 50))
+        got = in_pieces(model, TOKENS, [(0, 50)], plan)
+        assert 0 < error(got, want) < bound
+        assert error(in_pieces(model, TOKENS, cut(50), plan), got) < 1e-5
+        logits, cache = prefill(model, TOKENS, Method.parse(method), chunk=13)
+        whole, other = prefill(plain, TOKENS, Method.parse(method), chunk=13)
+        assert 0 < error(logits, whole) < bound and len(cache.kept) == len(other.kept)
+        assert cache.k[0].nbytes <= other.k[0].nbytes * (0.5 if cache_dtype == "bfloat16" else 12 / 32)
+
+
+def test_int8_rows_of_a_cache():
+    """A scale for every token and head, and nothing lost but rounding; zeros stay zeros."""
+    x = torch.randn(2, 3, 5, 8) * torch.tensor([1e-3, 1.0, 1e4])[:, None, None]
+    x[0, 0, 0] = 0
+    rows = pack(x, torch.int8)
+    assert rows.dtype == torch.int8 and rows.shape == (2, 3, 5, 12)
+    assert ((unpack(rows, torch.float32) - x).abs() <= x.abs().amax(-1, keepdim=True) / 253).all()
+    assert pack(x, None) is x and unpack(x, torch.float32) is x
+    with pytest.raises(ValueError, match="int9.*int8"):
+        KVCache(Config(**{**SIZES, "cache_dtype": "int9"}))
 
 
 @torch.inference_mode()
