@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from cache import KVCache
-from cli import read_rows, read_text, say, short_hash
+from cli import Progress, read_rows, read_text, short_hash
 from positions import Method
 from tokenizer import until_stop
 
@@ -174,8 +174,9 @@ def ends_with_stop(prompts, tokenizer, stops, number, tokens):
 def keep_answers(answers, prompts, missing, results, tokenizer, args, eos):
     """Add a row to a Results file for each of answers, (place in missing, tokens); missing: the numbers of the prompts
     that are answered."""
-    count = 0
-    for place, tokens in answers:
+    progress = Progress("answered")
+    progress(0, len(missing))
+    for count, (place, tokens) in enumerate(answers, 1):
         number = missing[place]
         prompt = prompts[number]
         _, name = prompt.key(number)
@@ -183,8 +184,7 @@ def keep_answers(answers, prompts, missing, results, tokenizer, args, eos):
         answer = text_of(tokens, prompt, tokenizer, args.stop)
         results.add([{**prompt.fields, "row": number, "prompt_hash": name, "prompt_tokens": len(prompt.ids),
                       "seed": prompt.seed, "answer": answer, "ids": tokens, "ended": ended}])
-        count += 1
-        say(f"\r{count} of {len(missing)} answered", end="\n" if count == len(missing) else "")
+        progress(count, len(missing))
 
 
 def print_answers(answers, prompts, tokenizer, stops):

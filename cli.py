@@ -194,13 +194,14 @@ def open_checkpoint(args):
     path = find_checkpoint(args.ckpt)
     refuse_unfinished(path)
     config = Config.from_hf(path, args.train_len)
-    config.cache_dtype = args.cache_dtype
     return path, config, load_tokenizer(path, config.bos_token_id)
 
 
 def place(args, config):
-    """(device, torch dtype) of --device and --dtype, with malloc set for running a model there."""
+    """(device, torch dtype) of --device and --dtype, with malloc set for running a model there; and the config's type
+    of caches, of --cache-dtype."""
     keep_freed_memory()
+    config.cache_dtype = args.cache_dtype
     bits_asked(config, args.quantize)  # a wrong one shows here, before anything long
     device = pick_device(args.device)
     return device, pick_dtype(args.dtype, config.dtype, device)
@@ -330,12 +331,40 @@ def compiled_for_many(f):
     return run
 
 
-def progress_of(chunk):
-    """progress(done, n) that says on one line how far a prompt of more than a chunk of tokens has been read."""
-    def progress(done, n):
-        if n > chunk:
-            say(f"\rprefill {done}/{n}", end="\n" if done == n else "")
-    return progress
+class Progress:
+    """progress(done, total) says how far something has come and how long the rest will take, if all of it takes two
+    seconds or more: on a terminal in one line that is written over, elsewhere in a line now and then."""
+
+    def __init__(self, what):
+        self.what = what
+        self.begin_at(0)
+
+    def begin_at(self, done):
+        self.done = done                # when it began; a cache may hold the first tokens of a prompt
+        self.began = time.monotonic()
+        self.said = None                # when something was said last
+
+    def __call__(self, done, total):
+        if done <= self.done:
+            self.begin_at(done)
+            return
+        now = time.monotonic()
+        elapsed = now - self.began
+        left = elapsed / (done - self.done) * (total - done)
+        pause = 0.2 if sys.stderr.isatty() else max(2.0, elapsed / 10)
+        is_soon = self.said is not None and now - self.said < pause and done < total
+        if elapsed + left < 2 or is_soon:
+            return
+        self.said = now
+        say_over(f"{self.what} {done}/{total}, {left:.0f} s left", done == total)
+
+
+def say_over(text, is_last=False):
+    """Print to stderr: on a terminal in the place of the line before, unless that was the last one of its kind."""
+    if sys.stderr.isatty():
+        say(f"\r\033[K{text}", end="\n" if is_last else "")
+    else:
+        say(text)
 
 
 def write_stream(tokens, tokenizer, ids, device, stops=(), cached=0):

@@ -7,6 +7,7 @@ answer many prompts at once. Does not: train.
     python generate.py --method mesa:overlap=32 --ckpt llama-7b --prompt-file book.txt
     python generate.py --method mesa --prompts questions.jsonl --out answers.jsonl
 """
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -17,11 +18,12 @@ from batch import (Prompt, Row, decode_rows, ends_with_stop, keep_answers, next_
 from cache import KVCache
 from chat import Conversation, chat, open_template
 from checkpoint import find_checkpoint
-from cli import (Results, cache_settings, compile_dense, keep_cache, method_list, model_settings, new_parser, number,
-                 open_cache, open_checkpoint, pick_device, pick_dtype, place, progress_of, prompt_flags, prompt_ids,
+from cli import (Progress, Results, cache_settings, compile_dense, keep_cache, method_list, model_settings, new_parser,
+                 number, open_cache, open_checkpoint, pick_device, pick_dtype, place, prompt_flags, prompt_ids,
                  read_prompt, read_text, run_command, say, settings_line, type_name, write_stream)
 from frequencies import FREQUENCIES, SCALES
 from geometry import METHODS
+from memory import estimate, free_memory, refuse
 from model import load_model
 from positions import Method, parse_settings, setting_text
 from show import explain, list_methods, method_note, say_warnings
@@ -34,7 +36,7 @@ def generate(model, ids, method=None, *, max_new_tokens=64, temperature=0.0, top
     """Yield up to max_new_tokens token ids that continue the list ids; the eos id that ends a text is the last one.
 
     method, freq, attn_scale and params are those of model.plan: generate(model, ids, "mesa", first=16). For temperature
-    (0 is greedy), top_k and top_p see sample. progress(done, n) is called after every piece of the prompt. cache: a
+    (0 is greedy), top_k and top_p see sample. progress(done, n) is called while the prompt is read. cache: a
     KVCache that holds the first len(cache) of the ids; only the others are computed, and appended to it.
     Raises ValueError for an empty prompt, and for ids that the model does not have.
     """
@@ -107,10 +109,28 @@ def prefill(model, tokens, method, room=64, chunk=8192, impl="auto", progress=No
         j = cache.indices(new=end - begin)
         plan = model.plan(method, n=n, i=i, j=j)
         # The cache takes the keys and values of the piece, un-rotated. Only the last token's logits are needed.
-        logits = model(tokens[:, begin:end].to(device), plan, cache, last_only=True, impl=impl)
-        if progress:
-            progress(end, n)
+        with reporting(model, progress, begin, end, n):
+            logits = model(tokens[:, begin:end].to(device), plan, cache, last_only=True, impl=impl)
     return logits[:, -1], cache
+
+
+@contextmanager
+def reporting(model, progress, begin, end, n):
+    """While the tokens begin..end of a prompt of n are read: progress(done, n) before the first layer and after each,
+    as if each read its share of them."""
+    hooks = []
+    if progress:
+        layers = model.model.layers
+
+        def report(number, *_):
+            progress(begin + (end - begin) * number // len(layers), n)
+        report(0)
+        hooks = [layer.register_forward_hook(partial(report, k + 1)) for k, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def most_held(method, config, n, chunk):
@@ -180,6 +200,7 @@ def parse_args(argv):
          f"one of {', '.join(FREQUENCIES)}")
     flag("attn-scale", metavar="SCALE", help=f"default: the method's own; one of {', '.join(SCALES)}")
     flag("compile", action="store_true", help="use torch.compile wherever it is faster: for long runs")
+    flag("force", action="store_true", help="go on where the machine has too little memory free")
     flag("list-methods", action="store_true")
     flag("explain", action="store_true", help="say what the method would do with this prompt, and stop")
     return parser.parse_args(argv)
@@ -221,6 +242,18 @@ def warn(args, config, method, n):
     say_warnings(config, [method], [max(n, 1)], 0 if args.explain else min(args.max_new_tokens, 10 ** 6))
 
 
+def check_memory(args, config, method, lengths, dtype, device, rows=1):
+    """Say what prompts of these lengths will take; ValueError where that is not free, unless --force is given."""
+    new = min(args.max_new_tokens, 10 ** 6)
+    memory = estimate(config, method, lengths, new, dtype, args.quantize, args.prefill_chunk, rows, device)
+    if args.explain:
+        print(memory)
+    else:
+        say(str(memory))
+    if not args.force and not args.explain:
+        refuse(memory, free_memory(device), config, args.quantize, args.prefill_chunk, rows)
+
+
 def run(argv=None):
     """The command: its exit code."""
     args = parse_args(argv)
@@ -242,7 +275,8 @@ def run(argv=None):
     ids = list(before) if args.chat else prompt_ids(args, text, tokenizer, config.train_len, before)
     warn(args, config, method, len(ids))
     if args.explain:
-        print(explain(config, method, len(ids), args.max_new_tokens, dtype, args.quantize))
+        print(explain(config, method, len(ids)))
+    check_memory(args, config, method, [len(ids)], dtype, device)
     tokens = 0 if args.explain else args.max_new_tokens  # that compiling may pay for
     model = load_model(path, config, dtype, device, 10 ** 9 if args.compile else tokens, args.quantize)
     if args.explain:
@@ -253,7 +287,7 @@ def run(argv=None):
     say(settings_line(resolved_settings(args, config, method, len(ids), dtype, device)))
     answer = partial(generate, model, method=method, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                      top_k=args.top_k, top_p=args.top_p, seed=args.seed, prefill_chunk=args.prefill_chunk,
-                     impl=args.impl, progress=progress_of(args.prefill_chunk), cache=cache)
+                     impl=args.impl, progress=Progress("prefill"), cache=cache)
     code = 0
     if args.chat:
         turns = Conversation(tokenizer, template, answer, cache, args.stop, partial(warn, args, config, method))
@@ -300,6 +334,8 @@ def run_batch(args):
                        **resolved_settings(args, config, method, longest, dtype, device)}))
     answers = iter(())
     if missing:
+        lengths = [len(prompts[number].ids) for number in missing]
+        check_memory(args, config, method, lengths, dtype, device, args.rows)
         model = load_model(path, config, dtype, device, 10 ** 9 if args.compile else 0, args.quantize)
         if args.compile:
             compile_dense(model)
@@ -355,7 +391,7 @@ def run_in_transformers(args):
     say(settings_line(resolved_settings(args, config, method, len(ids), dtype, device)))
     choose = sampler(args.temperature, args.top_k, args.top_p, args.seed)
     chunk = args.prefill_chunk
-    tokens = hf.continue_ids(model, ids, choose, args.max_new_tokens, chunk, progress_of(chunk))
+    tokens = hf.continue_ids(model, ids, choose, args.max_new_tokens, chunk, Progress("prefill"))
     return write_stream(tokens, tokenizer, ids, device, args.stop)
 
 

@@ -1,6 +1,6 @@
 """What a method does, in text and in pictures: distances, costs, how far it reaches; and every plot of the project.
 
-Does: draw distance matrices, count pairs and memory, find the longest prompt that stays within the training length,
+Does: draw distance matrices, count pairs, find the longest prompt that stays within the training length,
 warn of longer ones, plot the results of the evaluations. Does not: run a model.
 
     python show.py mesa                                            # a small example as text, and what it costs
@@ -14,15 +14,12 @@ from pathlib import Path
 
 import torch
 
-from cli import accuracy, plain_parser, run_command, say, select, type_name
+from cli import accuracy, plain_parser, run_command, say, select
 from frequencies import FREQUENCIES, SCALES, UNROTATED, pick, rope, whole
 from geometry import METHODS, cosscale, full
-from model import Llama
 from page import write_page
 from plan import Region, distance, farthest, visible_keys
 from positions import Method, make_plan, parameters, parse_settings
-from quantized import bits_asked, quantize_layers
-from rotation import is_unrotated
 
 LONGEST = 2 ** 20  # tokens at which the search for a method's reach ends
 PRINTABLE = 4096   # tokens of the longest example that is printed as text
@@ -250,9 +247,8 @@ def method_note(config, method):
     return note
 
 
-def explain(config, method, n, new=0, dtype=torch.float32, quantize=None):
-    """What a method does with a prompt of n tokens, as text: pairs, reach, a small picture; and the memory of weights
-    and cache in a torch dtype, with `new` tokens after the prompt; quantize as in model.load."""
+def explain(config, method, n):
+    """What a method does with a prompt of n tokens, as text: pairs, reach, a small picture."""
     L = config.train_len
     plan = method.plan(config, n)
     asked = str(method) if method.name else f"{config.freq}{method}"
@@ -262,7 +258,6 @@ def explain(config, method, n, new=0, dtype=torch.float32, quantize=None):
     if plan.mscale != 1:
         lines.append(f"logits times {plan.mscale ** 2:.3f}")
     lines.append(reach_text(config, method))
-    lines.append(memory_text(config, method, n, new, dtype, quantize))
     which = f"{SAMPLES} of the {n} tokens, evenly spread" if n > SAMPLES else "all tokens"
     lines.append(f"{which}: how far from each are those before it")
     lines.append(small_picture(config, method, n))
@@ -274,41 +269,6 @@ def reach_text(config, method):
     tokens = reach(config, method)
     limit = f"{tokens} tokens" if tokens < LONGEST else "no limit below 2^20 tokens"
     return f"reach of a prompt with {settings}: {limit}"
-
-
-def memory_text(config, method, n, new, dtype, quantize=None):
-    bits = bits_asked(config, quantize)
-    weights = weight_bytes(config, dtype, bits)
-    kinds = type_name(dtype) if bits is None else f"int{bits} and {type_name(dtype)}"
-    keys = key_count(config, n + new) * dtype.itemsize
-    rotated_keys = keys * rotated_copies(last_query_plan(config, method, n, n + 1))
-    return (f"memory: weights {mebibytes(weights)} in {kinds}, cache {mebibytes(2 * keys)} for the prompt "
-            f"and {new} new tokens, keys rotated for decoding {mebibytes(rotated_keys)}")
-
-
-def mebibytes(count):
-    return f"{count / 2**20:.1f} MiB"
-
-
-def weight_bytes(config, dtype, bits):
-    """Bytes of the weights of a model: floats of a torch dtype, and integers where it is quantised to bits."""
-    with torch.device("meta"):
-        model = Llama(config)
-    if bits:
-        quantize_layers(model, bits)
-    return sum(weight.numel() * (dtype.itemsize if weight.is_floating_point() else 1)
-               for weight in model.state_dict().values())
-
-
-def key_count(config, tokens):
-    """How many numbers the keys of so many tokens are, in all layers; their values are as many."""
-    return tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-
-
-def rotated_copies(plan):
-    """How often the cache holds the keys that this plan of one query sees in rotated form."""
-    numbers = range(len(plan.key_positions))
-    return sum(plan.cosine is not None or not is_unrotated(plan, number) for number in numbers)
 
 
 def small_picture(config, method, n):

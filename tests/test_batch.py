@@ -124,7 +124,7 @@ def test_answers_in_a_file_are_those_of_each_prompt_alone(files, command, tiny):
     """With what stood beside a prompt; a stop text ends a row as it ends a prompt alone."""
     flags = ["--method", "mesa", "--max-new-tokens", 12, "--stop", "blue", "--rows", 2]
     code, out, err = command(*flags, "--prompts", files[0], "--out", files[1])
-    assert code == 0 and not out and "prompts=4 to-answer=4 rows=2" in err and "4 of 4 answered" in err
+    assert code == 0 and not out and "prompts=4 to-answer=4 rows=2" in err
     rows = lines(files[1])
     assert [row["row"] for row in rows] == [0, 1, 2, 3] and rows[0]["id"] == "a" and rows[2]["seed"] == 3
     for prompt, row in zip((TEXT[:19], "The grass"), rows):
