@@ -337,20 +337,19 @@ class Progress:
 
     def __init__(self, what):
         self.what = what
-        self.begin_at(0)
-
-    def begin_at(self, done):
-        self.done = done                # when it began; a cache may hold the first tokens of a prompt
-        self.began = time.monotonic()
-        self.said = None                # when something was said last
+        self.last = None                # done, when it was told last; None before it begins, and after it has ended
 
     def __call__(self, done, total):
-        if done <= self.done:
-            self.begin_at(done)
-            return
         now = time.monotonic()
+        if self.last is None or done < self.last:
+            self.first = done           # more than 0 where a cache holds the first tokens of a prompt
+            self.began = now
+            self.said = None            # when something was said last
+        self.last = done if done < total else None
+        if done == self.first:
+            return
         elapsed = now - self.began
-        left = elapsed / (done - self.done) * (total - done)
+        left = elapsed / (done - self.first) * (total - done)
         pause = 0.2 if sys.stderr.isatty() else max(2.0, elapsed / 10)
         is_soon = self.said is not None and now - self.said < pause and done < total
         if elapsed + left < 2 or is_soon:

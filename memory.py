@@ -63,7 +63,7 @@ def estimate(config, method, lengths, new, dtype, quantize=None, chunk=8192, row
     dtype: of the weights and of what is computed, a torch type; quantize and config.cache_dtype as asked for; chunk:
     tokens of a piece of the prompt.
     """
-    longest = sorted(lengths)[-rows:]
+    longest = [max(n, 1) for n in sorted(lengths)[-rows:]]     # a chat begins with none
     bits = bits_asked(config, quantize)
     held = [held_tokens(method, config, n, new, chunk) for n in longest]
     plan = method.plan(config, longest[-1], *last_piece(method, config, longest[-1], chunk))
