@@ -19,11 +19,11 @@ import torch
 
 import hf
 from attention import IMPLEMENTATIONS
-from cache import KVCache, load_cache, save_cache
+from cache import CACHE_DTYPES, KVCache, load_cache, save_cache
 from checkpoint import find_checkpoint, refuse_unfinished
 from config import Config
 from geometry import METHODS
-from model import DTYPES, Llama, load_model
+from model import DTYPES, load_model
 from positions import Method
 from quantized import BITS, bits_asked
 from single_row import has_compiler
@@ -77,6 +77,7 @@ def new_parser(doc):
     flag("dtype", choices=["auto", *DTYPES], default="auto")
     flag("device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     flag("impl", choices=IMPLEMENTATIONS, default="auto", help="how attention is computed")
+    flag("cache-dtype", choices=CACHE_DTYPES, help="hold keys and values in fewer bytes; default: as they are")
     flag("train-len", type=number(int, 1), help="override the training length L of config.json")
     flag("quantize", choices=BITS, help="weights of 8 or 4 bits, see quantized.py; default: as stored")
     return parser, flag
@@ -114,8 +115,12 @@ def number(kind, least, most=float("inf")):
 def prompt_flags(flag):
     """Add the flags that say what is continued, and until when."""
     flag("prompt", help="text to continue; default: a passkey prompt of 8 times the window")
-    flag("prompt-file", metavar="PATH", help="read the prompt from a UTF-8 file, - for stdin")
+    flag("prompt-file", action="append", metavar="PATH", help="read the prompt from a UTF-8 file, - for stdin; "
+         "repeatable: prompts that are answered together")
     flag("prompt-ids", type=token_ids, metavar="IDS", help="the prompt as token ids, 1,2,3; nothing is added")
+    flag("prompts", metavar="FILE", help="many prompts from a file of JSON lines, each with a \"prompt\" or \"ids\"")
+    flag("out", metavar="FILE", help="of --prompts: their answers as JSON lines; those that are there are kept")
+    flag("rows", type=number(int, 1), default=16, help="prompts that are answered at once; default: %(default)s")
     flag("chat", action="store_true", help="turns on stdin and stdout, by the checkpoint's chat template")
     flag("system", metavar="TEXT", help="the system message of a chat")
     flag("stop", action="append", default=[], type=some_text, metavar="TEXT",
@@ -206,8 +211,10 @@ def open_model(args, path, config, dtype, device, tokens=0):
 
 
 def place(args, config):
-    """(device, torch dtype) of --device and --dtype, with malloc set for running a model there."""
+    """(device, torch dtype) of --device and --dtype, with malloc set for running a model there; and the config's type
+    of caches, of --cache-dtype."""
     keep_freed_memory()
+    config.cache_dtype = args.cache_dtype
     bits_asked(config, args.quantize)  # a wrong one shows here, before anything long
     device = pick_device(args.device)
     return device, pick_dtype(args.dtype, config.dtype, device)
@@ -244,7 +251,7 @@ def read_prompt(args):
         raise ValueError("--prompt-ids and --explain are for one prompt, not for --chat")
     if args.system is not None and not args.chat:
         raise ValueError("--system is for --chat")
-    text = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
+    text = args.prompt if args.prompt_file is None else read_text(args.prompt_file[0])
     if text is not None and not text.strip():
         raise ValueError("the prompt is empty")
     return text
@@ -267,7 +274,8 @@ def cache_settings(args, path, config, method, dtype):
     params = dict(sorted(method.params.items()))
     method = Method(method.name or config.freq, method.freq, method.attn_scale, params)
     return {"checkpoint": fingerprint(path), "method": str(method), "train-len": str(config.train_len),
-            "dtype": type_name(dtype), "quantize": str(args.quantize)}
+            "dtype": type_name(dtype), "quantize": str(args.quantize),
+            "cache-dtype": str(args.cache_dtype)}
 
 
 def open_cache(file, config, settings, device):
@@ -293,7 +301,7 @@ def keep_cache(file, cache, ids, settings, note):
 def model_settings(args, path, L, dtype, **protocol):
     """The settings that tell the rows of an evaluation from others: its protocol, and all that is about the model."""
     return {"ckpt": args.ckpt, "weights": fingerprint(path), **protocol, "train_len": L, "dtype": type_name(dtype),
-            "impl": args.impl, "quantize": args.quantize}
+            "impl": args.impl, "quantize": args.quantize, "cache_dtype": args.cache_dtype}
 
 
 def type_name(dtype):
@@ -315,16 +323,17 @@ def keep_freed_memory(most=2 ** 29, block=2 ** 25):
     mallopt(-3, block)  # M_MMAP_THRESHOLD
 
 
+def check_compile(args, path):
+    """ValueError where --compile is asked for and cannot be had: without a C++ compiler, or for a hf.Model."""
+    if args.compile and hf.takes(path):
+        raise ValueError("--compile is not there for a model that runs through transformers")
+    if args.compile and not has_compiler():
+        raise ValueError("torch.compile needs a C++ compiler (g++ or clang++), and there is none")
+
+
 def compile_dense(model):
     """Let torch.compile fuse the feed-forward networks of a Llama, in place, for more than one token at a time: takes
-    half a minute, and a prompt is read up to a fifth faster.
-
-    Raises ValueError where there is no C++ compiler, or the model is a hf.Model.
-    """
-    if not isinstance(model, Llama):
-        raise ValueError("--compile is not there for a model that runs through transformers")
-    if not has_compiler():
-        raise ValueError("torch.compile needs a C++ compiler (g++ or clang++), and there is none")
+    half a minute, and a prompt is read up to a fifth faster."""
     for block in model.model.layers:
         block.feed_forward = compiled_for_many(block.feed_forward)
 
@@ -338,12 +347,39 @@ def compiled_for_many(f):
     return run
 
 
-def progress_of(chunk):
-    """progress(done, n) that says on one line how far a prompt of more than a chunk of tokens has been read."""
-    def progress(done, n):
-        if n > chunk:
-            say(f"\rprefill {done}/{n}", end="\n" if done == n else "")
-    return progress
+class Progress:
+    """progress(done, total) says how far something has come and how long the rest will take, if all of it takes two
+    seconds or more: on a terminal in one line that is written over, elsewhere in a line now and then."""
+
+    def __init__(self, what):
+        self.what = what
+        self.last = None                # done, when it was told last; None before it begins, and after it has ended
+
+    def __call__(self, done, total):
+        now = time.monotonic()
+        if self.last is None or done < self.last:
+            self.first = done           # more than 0 where a cache holds the first tokens of a prompt
+            self.began = now
+            self.said = None            # when something was said last
+        self.last = done if done < total else None
+        if done == self.first:
+            return
+        elapsed = now - self.began
+        left = elapsed / (done - self.first) * (total - done)
+        pause = 0.2 if sys.stderr.isatty() else max(2.0, elapsed / 10)
+        is_soon = self.said is not None and now - self.said < pause and done < total
+        if elapsed + left < 2 or is_soon:
+            return
+        self.said = now
+        say_over(f"{self.what} {done}/{total}, {left:.0f} s left", done == total)
+
+
+def say_over(text, is_last=False):
+    """Print to stderr: on a terminal in the place of the line before, unless that was the last one of its kind."""
+    if sys.stderr.isatty():
+        say(f"\r\033[K{text}", end="\n" if is_last else "")
+    else:
+        say(text)
 
 
 def write_stream(tokens, tokenizer, ids, device, stops=(), cached=0):
@@ -421,8 +457,11 @@ class Results:
         self.rows = {}
         open(self.path, "a").close()  # an OSError, before anything long, where it cannot be written
         for row in read_rows(self.path):
-            if all(row.get(name) == value for name, value in settings.items()):
+            if self.has_settings_of(row):
                 self.rows[self.key(row)] = row
+
+    def has_settings_of(self, row):
+        return all(row.get(name) == value for name, value in self.settings.items())
 
     def key(self, row):
         return tuple(row[name] for name in self.key_fields)

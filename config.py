@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from checkpoint import config_fields
 from frequencies import positive, whole
-from positions import Method
+from positions import Method, merged
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Config:
     interleaved: bool = False                        # pairs of channels (2p, 2p + 1), not (p, p + rotary_dim/2)
     layer_methods: tuple[str, ...] = ()              # of each layer, see checkpoint.own_method; (): all attend as asked
     bits: int | None = None                          # our key quantization: weights stored in 8 or 4 bits; None: plain
+    cache_dtype: str | None = None                   # how a cache holds keys and values, see cache.py; None: plain
     cosine_attention: float | None = None            # our key: logits are this times the cosine of q and k (CosScale)
 
     @staticmethod
@@ -82,3 +83,10 @@ class Config:
         settings of the method. See positions.Method and positions.make_plan.
         """
         return Method.of(method, freq, attn_scale, **params).plan(self, n, i, j)
+
+    def later_keys(self, method, n, now):
+        """The keys before index `now` that a cache has to keep, of a Method for a prompt of n tokens and of the layers
+        with a method of their own: disjoint, rising intervals [(start, stop)]. See Method.later_keys."""
+        methods = [method] if self.is_governed else []
+        methods += [Method.parse(own) for own in set(self.layer_methods) - {""}]
+        return merged([interval for each in methods for interval in each.later_keys(self, n, now)])

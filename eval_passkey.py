@@ -106,7 +106,7 @@ def answer_logps(model, logits, cache, right, method, n, impl):
     end = n + right.shape[1] - 1
     logits = logits[:, None]
     if end > n:
-        plan = model.plan(method, n=n, i=torch.arange(n, end), j=torch.arange(end))
+        plan = model.plan(method, n=n, i=torch.arange(n, end), j=cache.indices(end - n))
         rest = model(right[:, :-1].to(logits.device), plan, cache, impl=impl)
         logits = torch.cat((logits, rest), dim=1)  # (B, length, vocab)
     logp = logits.float().log_softmax(-1).cpu().gather(-1, right[..., None])

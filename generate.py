@@ -1,24 +1,29 @@
 """Continue a prompt with a checkpoint, far past its training length, by any method of geometry.py.
 
-Does: read the prompt in pieces, decode a token at a time, sample, stream text to stdout (all else goes to stderr).
-Does not: batch prompts of several lengths, train.
+Does: read the prompt in pieces, decode a token at a time, sample, stream text to stdout (all else goes to stderr);
+answer many prompts at once. Does not: train.
 
     python generate.py --method mesa                              # the shipped model, a passkey at 8 times its window
     python generate.py --method mesa:overlap=32 --ckpt llama-7b --prompt-file book.txt
+    python generate.py --method mesa --prompts questions.jsonl --out answers.jsonl
 """
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 
 import hf
+from batch import (Prompt, Row, decode_rows, ends_with_stop, keep_answers, next_plan, print_answers, prompt_tokens,
+                   put_in_order, read_prompts)
 from cache import KVCache
 from chat import Conversation, chat, open_template
 from checkpoint import weight_bytes
-from cli import (cache_settings, compile_dense, keep_cache, method_list, new_parser, number, open_cache,
-                 open_checkpoint, open_model, place, progress_of, prompt_flags, prompt_ids, read_prompt,
-                 run_command, say, settings_line, type_name, write_stream)
+from cli import (Progress, Results, cache_settings, check_compile, compile_dense, keep_cache, method_list,
+                 model_settings, new_parser, number, open_cache, open_checkpoint, open_model, place, prompt_flags,
+                 prompt_ids, read_prompt, read_text, run_command, say, settings_line, type_name, write_stream)
 from frequencies import FREQUENCIES, SCALES
 from geometry import METHODS
+from memory import estimate, free_memory, refuse
 from positions import Method, parse_settings, setting_text
 from show import explain, list_methods, method_note, say_warnings
 
@@ -30,14 +35,11 @@ def generate(model, ids, method=None, *, max_new_tokens=64, temperature=0.0, top
     """Yield up to max_new_tokens token ids that continue the list ids; the eos id that ends a text is the last one.
 
     method, freq, attn_scale and params are those of model.plan: generate(model, ids, "mesa", first=16). For temperature
-    (0 is greedy), top_k and top_p see sample. progress(done, n) is called after every piece of the prompt. cache: a
+    (0 is greedy), top_k and top_p see sample. progress(done, n) is called while the prompt is read. cache: a
     KVCache that holds the first len(cache) of the ids; only the others are computed, and appended to it.
     Raises ValueError for an empty prompt, and for ids that the model does not have.
     """
-    if not ids:
-        raise ValueError("the prompt is empty")
-    if min(ids) < 0 or max(ids) >= model.config.vocab_size:
-        raise ValueError(f"token ids outside the model's vocabulary of {model.config.vocab_size}; wrong tokenizer?")
+    check_ids(model, ids)
     method = Method.of(method, freq, attn_scale, **params)
     choose = sampler(temperature, top_k, top_p, seed)
     n = len(ids)
@@ -47,6 +49,40 @@ def generate(model, ids, method=None, *, max_new_tokens=64, temperature=0.0, top
         yield int(token)
         if int(token) in model.config.eos_token_id:
             return
+
+
+def generate_batch(model, prompts, method=None, *, rows=16, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0,
+                   seed=None, prefill_chunk=8192, impl="auto", progress=None, ended=None, freq=None, attn_scale=None,
+                   **params):
+    """Yield (number, its new tokens) of every prompt in a list of lists of ids, as they end: the tokens of generate.
+
+    Prompts may have different lengths, and each has a plan and a cache of its own. rows: how many are decoded at once.
+    seed: of every prompt, or a list with one for each. ended(number, tokens): whether the new tokens of a prompt are
+    a whole text, if something else than eos may say so. The others are those of generate.
+    """
+    for ids in prompts:
+        check_ids(model, ids)
+    method = Method.of(method, freq, attn_scale, **params)
+    seeds = seed if isinstance(seed, list) else [seed] * len(prompts)
+
+    def is_whole(index, tokens):
+        return tokens[-1] in model.config.eos_token_id or (ended is not None and ended(index, tokens))
+
+    def read():
+        for index, (ids, own_seed) in enumerate(zip(prompts, seeds, strict=True)):
+            choose = sampler(temperature, top_k, top_p, own_seed)
+            logits, cache = prefill(model, torch.tensor([ids]), method, max_new_tokens, prefill_chunk, impl, progress)
+            yield Row(index, len(ids), method, logits, cache, choose, max_new_tokens, partial(is_whole, index))
+    for row in decode_rows(model, read(), rows, impl):
+        yield row.number, row.tokens
+
+
+def check_ids(model, ids):
+    """ValueError unless ids are a prompt for this model."""
+    if not ids:
+        raise ValueError("the prompt is empty")
+    if min(ids) < 0 or max(ids) >= model.config.vocab_size:
+        raise ValueError(f"token ids outside the model's vocabulary of {model.config.vocab_size}; wrong tokenizer?")
 
 
 @torch.no_grad()
@@ -59,20 +95,47 @@ def prefill(model, tokens, method, room=64, chunk=8192, impl="auto", progress=No
     n = tokens.shape[1]
     device = next(model.parameters()).device
     cache = KVCache(model.config) if cache is None else cache
-    cache.size = max(cache.size, n + min(room, 1024))
+    cache.size = max(cache.size, most_held(method, model.config, n, chunk) + min(room, 1024))
     cache.cut(min(len(cache), n - 1))  # the last token is computed anew for its logits, if it is in the cache
     for begin in range(len(cache), n, chunk):
         end = min(begin + chunk, n)
+        # What neither these queries nor later ones see makes room for them: StreamingLLM keeps sinks and a window.
+        if begin > 0:
+            cache.forget(model.config.later_keys(method, n, begin))
         # The queries of this piece look at all keys up to its end. Where they stand depends on i, j and the length n
         # of the whole prompt, but not on where a piece begins, so pieces of any size give the same result.
         i = torch.arange(begin, end)
-        j = torch.arange(end)
+        j = cache.indices(new=end - begin)
         plan = model.plan(method, n=n, i=i, j=j)
         # The cache takes the keys and values of the piece, un-rotated. Only the last token's logits are needed.
-        logits = model(tokens[:, begin:end].to(device), plan, cache, last_only=True, impl=impl)
-        if progress:
-            progress(end, n)
+        with reporting(model, progress, begin, end, n):
+            logits = model(tokens[:, begin:end].to(device), plan, cache, last_only=True, impl=impl)
     return logits[:, -1], cache
+
+
+@contextmanager
+def reporting(model, progress, begin, end, n):
+    """While the tokens begin..end of a prompt of n are read: progress(done, n) before the first layer and after each,
+    as if each read its share of them."""
+    hooks = []
+    if progress:
+        layers = model.layers
+
+        def report(number, *_):
+            progress(begin + (end - begin) * number // len(layers), n)
+        report(0)
+        hooks = [layer.register_forward_hook(partial(report, k + 1)) for k, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def most_held(method, config, n, chunk):
+    """How many tokens of a prompt of n a cache holds at once: all, or what later queries see of them and a piece."""
+    seen = sum(stop - start for start, stop in config.later_keys(method, n, n))
+    return min(n, seen + chunk)
 
 
 @torch.inference_mode()
@@ -88,9 +151,7 @@ def decode(model, logits, cache, method, n, choose, max_new_tokens, impl="auto")
             return  # nobody wants the logits after the last token
         # The new token becomes the one query, at index len(cache). It looks at all that is cached, and at itself.
         # n stays that of the prompt, since what is cached was computed at positions that may depend on it.
-        i = torch.tensor([len(cache)])
-        j = torch.arange(len(cache) + 1)
-        plan = model.plan(method, n=n, i=i, j=j)
+        plan = next_plan(model, method, n, cache)
         logits = model(token[:, None].to(logits.device), plan, cache, impl=impl)[:, -1]
 
 
@@ -138,6 +199,7 @@ def parse_args(argv):
          f"one of {', '.join(FREQUENCIES)}")
     flag("attn-scale", metavar="SCALE", help=f"default: the method's own; one of {', '.join(SCALES)}")
     flag("compile", action="store_true", help="use torch.compile wherever it is faster: for long runs")
+    flag("force", action="store_true", help="go on where the machine has too little memory free")
     flag("list-methods", action="store_true")
     flag("explain", action="store_true", help="say what the method would do with this prompt, and stop")
     return parser.parse_args(argv)
@@ -168,7 +230,8 @@ def resolved_settings(args, config, method, n, dtype, device):
                 "train-len": config.train_len,
                 "dtype": type_name(dtype),
                 "device": device}
-    for name in ("quantize", "impl", "prefill-chunk", "max-new-tokens", "temperature", "top-k", "top-p", "seed"):
+    for name in ("quantize", "cache-dtype", "impl", "prefill-chunk", "max-new-tokens", "temperature", "top-k", "top-p",
+                 "seed"):
         settings[name] = getattr(args, name.replace("-", "_"))
     return settings
 
@@ -178,13 +241,29 @@ def warn(args, config, method, n):
     say_warnings(config, [method], [max(n, 1)], 0 if args.explain else min(args.max_new_tokens, 10 ** 6))
 
 
+def check_memory(args, path, config, method, lengths, dtype, device, rows=1):
+    """Say what prompts of these lengths will take; ValueError where that is not free, unless --force is given."""
+    new = min(args.max_new_tokens, 10 ** 6)
+    stored = weight_bytes(path) if hf.takes(path) else None
+    memory = estimate(config, method, lengths, new, dtype, args.quantize, args.prefill_chunk, rows, device, stored)
+    if args.explain:
+        print(memory)
+    else:
+        say(str(memory))
+    if not args.force and not args.explain:
+        refuse(memory, free_memory(device), config, args.quantize, args.prefill_chunk, rows)
+
+
 def run(argv=None):
     """The command: its exit code."""
     args = parse_args(argv)
     if args.list_methods:
         print(list_methods())
         return 0
+    if is_batch(args):
+        return run_batch(args)
     path, config, tokenizer = open_checkpoint(args)
+    check_compile(args, path)
     method = asked_method(args)
     method.plan(config, n=1)  # a wrong name or setting shows here, before anything long
     device, dtype = place(args, config)
@@ -195,8 +274,8 @@ def run(argv=None):
     ids = list(before) if args.chat else prompt_ids(args, text, tokenizer, config.train_len, before)
     warn(args, config, method, len(ids))
     if args.explain:
-        stored = weight_bytes(path) if hf.takes(path) else None
-        print(explain(config, method, len(ids), args.max_new_tokens, dtype, args.quantize, stored))
+        print(explain(config, method, len(ids)))
+    check_memory(args, path, config, method, [len(ids)], dtype, device)
     tokens = 0 if args.explain else args.max_new_tokens  # that compiling may pay for
     model = open_model(args, path, config, dtype, device, 10 ** 9 if args.compile else tokens)
     if args.explain:
@@ -207,7 +286,7 @@ def run(argv=None):
     say(settings_line(resolved_settings(args, config, method, len(ids), dtype, device)))
     answer = partial(generate, model, method=method, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                      top_k=args.top_k, top_p=args.top_p, seed=args.seed, prefill_chunk=args.prefill_chunk,
-                     impl=args.impl, progress=progress_of(args.prefill_chunk), cache=cache)
+                     impl=args.impl, progress=Progress("prefill"), cache=cache)
     code = 0
     if args.chat:
         turns = Conversation(tokenizer, template, answer, cache, args.stop, partial(warn, args, config, method))
@@ -216,6 +295,83 @@ def run(argv=None):
         code = write_stream(answer(ids), tokenizer, ids, device, args.stop, len(before))
     keep_cache(args.save_cache, cache, ids, saving, note if args.chat else "")
     return code
+
+
+def is_batch(args):
+    """Whether several prompts are to be answered. ValueError for flags that do not go together."""
+    several = len(args.prompt_file or []) > 1
+    if (args.prompts is None) != (args.out is None):
+        raise ValueError("--prompts and --out go together")
+    if args.prompts is None and not several:
+        return False
+    refuse_flags(args, "for several prompts", "chat", "system", "explain", "save_cache", "load_cache", "prompt",
+                 "prompt_ids", *(["prompt_file"] if args.prompts else []))
+    return True
+
+
+def refuse_flags(args, where, *names):
+    """ValueError where one of these flags is set."""
+    for name in names:
+        if getattr(args, name) not in (None, False):
+            raise ValueError(f"--{name.replace('_', '-')} is not there {where}")
+
+
+def run_batch(args):
+    """The command, for several prompts: its exit code. Answers go to --out, or in the prompts' order to stdout."""
+    path, config, tokenizer = open_checkpoint(args)
+    if hf.takes(path):
+        raise ValueError(f"{path}: several prompts are for families of model.py; this one runs through transformers")
+    check_compile(args, path)
+    method = asked_method(args)
+    method.plan(config, n=1)
+    device, dtype = place(args, config)
+    prompts = asked_prompts(args, tokenizer)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    warn(args, config, method, longest)
+    missing = list(range(len(prompts)))
+    if args.out:
+        results = Results(args.out, batch_settings(args, path, config, method, dtype), ("row", "prompt_hash"))
+        missing = [number for number in missing if prompts[number].key(number) not in results.rows]
+    say(settings_line({"prompts": len(prompts), "to-answer": len(missing), "rows": args.rows,
+                       **resolved_settings(args, config, method, longest, dtype, device)}))
+    answers = iter(())
+    if missing:
+        lengths = [len(prompts[number].ids) for number in missing]
+        check_memory(args, path, config, method, lengths, dtype, device, args.rows)
+        model = open_model(args, path, config, dtype, device, 10 ** 9 if args.compile else 0)
+        if args.compile:
+            compile_dense(model)
+        answers = asked_answers(args, model, tokenizer, method, [prompts[number] for number in missing])
+    if args.out:
+        keep_answers(answers, prompts, missing, results, tokenizer, args, config.eos_token_id)
+        put_in_order(results)
+    else:
+        print_answers(answers, prompts, tokenizer, args.stop)
+    return 0
+
+
+def asked_prompts(args, tokenizer):
+    """The Prompts of --prompts, or of several --prompt-file."""
+    if args.prompts:
+        return read_prompts(args.prompts, tokenizer, args.seed)
+    texts = {file: read_text(file) for file in args.prompt_file}
+    return [Prompt(file, prompt_tokens(file, text, tokenizer), args.seed) for file, text in texts.items()]
+
+
+def asked_answers(args, model, tokenizer, method, prompts):
+    """Yield (number, new tokens) of every one of the Prompts, as they end."""
+    return generate_batch(model, [prompt.ids for prompt in prompts], method, rows=args.rows,
+                          max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                          top_p=args.top_p, seed=[prompt.seed for prompt in prompts], prefill_chunk=args.prefill_chunk,
+                          impl=args.impl, ended=partial(ends_with_stop, prompts, tokenizer, args.stop))
+
+
+def batch_settings(args, path, config, method, dtype):
+    """What tells the answers of a run from those of runs with other settings."""
+    method = Method(method.name or config.freq, method.freq, method.attn_scale, method.params)
+    return model_settings(args, path, config.train_len, dtype, method=str(method), stop=args.stop,
+                          max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                          top_p=args.top_p)
 
 
 if __name__ == "__main__":

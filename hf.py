@@ -249,14 +249,13 @@ class Given:
     def attend(self, number, q, k, v, softcap, sinks):
         """Extension.attend, for rows without padding; the keys and values are those of the tokens alone."""
         plan = self.plans[number]
-        rotated = None
-        if self.cache is not None:
-            k, v = self.cache.append(number, k, v)
-            if q.shape[2] == 1 and not q.is_cuda:
-                rotated = self.cache.rotated(number, plan)
         if softcap or sinks is not None:
+            if self.cache is not None:
+                k, v = self.cache.append(number, k, v)
             return attend_scores(q, k, v, plan, softcap, sinks)
-        return attend(q, k, v, plan, self.impl, rotated)
+        if self.cache is None:
+            return attend(q, k, v, plan, self.impl)
+        return self.cache.attend(number, q, k, v, plan, self.impl, row=None)
 
 
 @dataclass
@@ -459,6 +458,10 @@ class Model(torch.nn.Module):
             if id(layer) not in plans:
                 plans[id(layer)] = (layer.own or asked).plan(layer.config, n, i, j)
         return [plans[id(layer)] for layer in self.extension.layers]
+
+    @property
+    def layers(self):
+        return decoder_of(self.theirs).layers
 
     def forward(self, tokens, plan, cache=None, last_only=False, impl="auto"):
         """Logits (B, Tq, vocab_size), or (B, 1, vocab_size) with last_only, for tokens (B, Tq); see model.Llama."""

@@ -83,12 +83,10 @@ class Attention(nn.Module):
         q = self.q_norm(self.heads(self.q_proj(x[:, -plan.Tq:])))    # (B, H, Tq, D)
         k = self.k_norm(self.heads(self.k_proj(x)))                  # (B, Hkv, T, D)
         v = self.heads(self.v_proj(x))
-        rotated = None
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)       # (B, Hkv, Tk, D), un-rotated
-            if x.shape[1] == 1 and not x.is_cuda:       # decoding; the Triton kernel rotates keys as it reads them
-                rotated = cache.rotated(self.layer, plan)
-        out = attend(q, k, v, plan, impl, rotated, self.row)    # (B, H, Tq, D)
+        if cache is None:
+            out = attend(q, k, v, plan, impl, row=self.row)                     # (B, H, Tq, D)
+        else:
+            out = cache.attend(self.layer, q, k, v, plan, impl, self.row)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def heads(self, x):
@@ -160,6 +158,10 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def layers(self):
+        return self.model.layers
 
     def plan(self, method=None, *, n, i=None, j=None, **settings):
         """The Plan of a method, see Config.plan; where some layers are local or without positions, a list with a Plan

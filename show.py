@@ -1,7 +1,7 @@
 """What a method does, in text and in pictures: distances, costs, how far it reaches, what a model looks at with it;
 and every plot of the project.
 
-Does: draw distance matrices, count pairs and memory, find the longest prompt that stays within the training length,
+Does: draw distance matrices, count pairs, find the longest prompt that stays within the training length,
 warn of longer ones, plot the results of the evaluations. Does not: run a model, but for --trace, by tracing.py.
 
     python show.py mesa                                            # a small example as text, and what it costs
@@ -17,17 +17,15 @@ from pathlib import Path
 import torch
 
 import hf
-from cli import (accuracy, method_list, open_checkpoint, place, plain_parser, read_text, run_command, say, select,
-                 type_name)
+from cli import (accuracy, method_list, open_checkpoint, place, plain_parser, read_text, run_command, say, select)
 from frequencies import FREQUENCIES, SCALES, UNROTATED, pick, rope, whole
 from geometry import METHODS, cosscale, full
-from model import DTYPES, Llama, load_model
+from model import DTYPES, load_model
 from page import write_page
 from plan import Region, distance, farthest, visible_keys
 from plots import HIGHLIGHTED, draw_curves, draw_traces, highlighted
 from positions import Method, make_plan, parameters, parse_settings
-from quantized import BITS, bits_asked, quantize_layers
-from rotation import is_unrotated
+from quantized import BITS
 from tracing import passkey_case, text_case, trace, trace_text
 
 LONGEST = 2 ** 20  # tokens at which the search for a method's reach ends
@@ -123,8 +121,10 @@ def scale_text(freq, scale):
 # how far a method reaches
 
 def last_query_plan(config, method, n, total):
-    """The plan of the last of `total` tokens, the first n of which are the prompt."""
-    return method.plan(config, n, torch.tensor([total - 1]), torch.arange(total))
+    """The plan of the last of `total` tokens, the first n of which are the prompt, with the keys that it may see."""
+    last = torch.tensor([total - 1])
+    earlier = [torch.arange(start, stop) for start, stop in config.later_keys(method, n, total - 1)]
+    return method.plan(config, n, last, torch.cat([*earlier, last]))
 
 
 def slowdown(plan, base=1e4):
@@ -257,10 +257,8 @@ def method_note(config, method):
     return note
 
 
-def explain(config, method, n, new=0, dtype=torch.float32, quantize=None, stored=None):
-    """What a method does with a prompt of n tokens, as text: pairs, reach, a small picture; and the memory of weights
-    and cache in a torch dtype, with `new` tokens after the prompt; quantize as in model.load. stored: the bytes of the
-    weights as they are stored, for a model that model.py does not know."""
+def explain(config, method, n):
+    """What a method does with a prompt of n tokens, as text: pairs, reach, a small picture."""
     L = config.train_len
     plan = method.plan(config, n)
     asked = str(method) if method.name else f"{config.freq}{method}"
@@ -271,7 +269,6 @@ def explain(config, method, n, new=0, dtype=torch.float32, quantize=None, stored
     if plan.mscale != 1:
         lines.append(f"logits times {plan.mscale ** 2:.3f}")
     lines.append(reach_text(config, method))
-    lines.append(memory_text(config, method, n, new, dtype, quantize, stored))
     which = f"{SAMPLES} of the {n} tokens, evenly spread" if n > SAMPLES else "all tokens"
     lines.append(f"{which}: how far from each are those before it")
     lines.append(small_picture(config, method, n))
@@ -292,42 +289,6 @@ def reach_text(config, method):
     tokens = reach(config, method)
     limit = f"{tokens} tokens" if tokens < LONGEST else "no limit below 2^20 tokens"
     return f"reach of a prompt with {settings}: {limit}"
-
-
-def memory_text(config, method, n, new, dtype, quantize=None, stored=None):
-    bits = bits_asked(config, quantize)
-    weights = stored or weight_bytes(config, dtype, bits)
-    kinds = type_name(dtype) if bits is None else f"int{bits} and {type_name(dtype)}"
-    kinds = "their file" if stored else kinds
-    keys = key_count(config, n + new) * dtype.itemsize
-    rotated_keys = keys * rotated_copies(last_query_plan(config, method, n, n + 1))
-    return (f"memory: weights {mebibytes(weights)} in {kinds}, cache {mebibytes(2 * keys)} for the prompt "
-            f"and {new} new tokens, keys rotated for decoding {mebibytes(rotated_keys)}")
-
-
-def mebibytes(count):
-    return f"{count / 2**20:.1f} MiB"
-
-
-def weight_bytes(config, dtype, bits):
-    """Bytes of the weights of a model: floats of a torch dtype, and integers where it is quantised to bits."""
-    with torch.device("meta"):
-        model = Llama(config)
-    if bits:
-        quantize_layers(model, bits)
-    return sum(weight.numel() * (dtype.itemsize if weight.is_floating_point() else 1)
-               for weight in model.state_dict().values())
-
-
-def key_count(config, tokens):
-    """How many numbers the keys of so many tokens are, in all layers; their values are as many."""
-    return tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-
-
-def rotated_copies(plan):
-    """How often the cache holds the keys that this plan of one query sees in rotated form."""
-    numbers = range(len(plan.key_positions))
-    return sum(plan.cosine is not None or not is_unrotated(plan, number) for number in numbers)
 
 
 def small_picture(config, method, n):

@@ -11,12 +11,15 @@ from make_golden import (GOLDEN, GREEDY, HF_CONFIGS, KEPT, KEPT_OF_STORY, LONGRO
                          hf_model, weight)
 from oracle import oracle
 
-from cache import KVCache
+from batch import next_plan
+from cache import KVCache, pack, unpack
 from frequencies import FREQUENCIES
 from geometry import METHODS
 from config import Config
+from generate import prefill
 from model import Llama, by_rows, load, load_model
 from plan import Plan, Region
+from positions import Method
 
 GOLDEN = json.loads(GOLDEN.read_text(encoding="utf-8"))
 
@@ -324,6 +327,74 @@ def test_decoding_may_change_its_method_and_be_cut_back():
         plan = plan_maker(model, method, 50, **params)(t, t + 1)
         got, want = (model(torch.tensor([[token]]), plan, c) for c in (cache, fresh))
         assert error(got, want) < 1e-5, (method, t)
+
+
+FORGETFUL = ["streaming-llm", "streaming-llm:sinks=2:recent=20:freq=yarn", "lm-infinite", "sliding:window=30",
+             "chunked:chunk=32", "sliding:window=5:freq=alibi:attn-scale=logn"]
+
+
+@pytest.mark.parametrize("method", FORGETFUL)
+@torch.inference_mode()
+def test_a_cache_that_forgets_gives_the_logits_of_one_that_does_not(method):
+    """A prompt in pieces of 50, and 150 tokens decoded; what it holds is what is seen and a piece, doubled at most."""
+    model = random_model()
+    method = Method.parse(method)
+    tokens = TOKENS.repeat(1, 8)[:, :400]
+    want = model(tokens, plan_maker(model, method, 250)(0, 400))
+    logits, cache = prefill(model, tokens[:, :250], method, room=8, chunk=50)
+    got = [logits]
+    for t in range(250, 400):
+        got.append(model(tokens[:, t:t + 1], next_plan(model, method, 250, cache), cache)[:, 0])
+    assert error(torch.stack(got, 1), want[:, 249:]) < 1e-5
+    assert len(cache) == 400 and cache.k[0].shape[2] <= 130
+    with pytest.raises(ValueError, match="query 400 sees a key that the cache has forgotten"):
+        model.plan("rope", n=250, i=torch.tensor([400]), j=cache.indices(new=1))
+
+
+@pytest.mark.parametrize("cache_dtype, bound", [("bfloat16", 0.03), ("int8", 0.05)])
+@torch.inference_mode()
+def test_a_cache_of_fewer_bytes(cache_dtype, bound, cut):
+    """Near the logits of a whole one, and the same whatever the pieces; it grows and forgets as any other."""
+    model, plain = random_model(cache_dtype=cache_dtype), random_model()
+    for method in ("mesa", "streaming-llm:recent=20"):
+        plan = plan_maker(model, method, 40)
+        want = model(TOKENS, plan(0, 50))
+        got = in_pieces(model, TOKENS, [(0, 50)], plan)
+        assert 0 < error(got, want) < bound
+        assert error(in_pieces(model, TOKENS, cut(50), plan), got) < 1e-5
+        logits, cache = prefill(model, TOKENS, Method.parse(method), chunk=13)
+        whole, other = prefill(plain, TOKENS, Method.parse(method), chunk=13)
+        assert 0 < error(logits, whole) < bound and len(cache.kept) == len(other.kept)
+        assert cache.k[0].nbytes <= other.k[0].nbytes * (0.5 if cache_dtype == "bfloat16" else 12 / 32)
+
+
+def test_int8_rows_of_a_cache():
+    """A scale for every token and head, and nothing lost but rounding; zeros stay zeros."""
+    x = torch.randn(2, 3, 5, 8) * torch.tensor([1e-3, 1.0, 1e4])[:, None, None]
+    x[0, 0, 0] = 0
+    rows = pack(x, torch.int8)
+    assert rows.dtype == torch.int8 and rows.shape == (2, 3, 5, 12)
+    assert ((unpack(rows, torch.float32) - x).abs() <= x.abs().amax(-1, keepdim=True) / 253).all()
+    assert pack(x, None) is x and unpack(x, torch.float32) is x
+    with pytest.raises(ValueError, match="int9.*int8"):
+        KVCache(Config(**{**SIZES, "cache_dtype": "int9"}))
+
+
+@torch.inference_mode()
+def test_a_cache_that_has_forgotten_is_cut_back_where_it_can_be():
+    """To where it last forgot, as nothing before has been seen by what comes then; else to nothing."""
+    model = random_model()
+    method = Method.parse("streaming-llm:recent=20")
+    want = model(TOKENS, plan_maker(model, method, 50)(0, 50))[:, 40:]
+    for length in (40, 43, 49):
+        _, cache = prefill(model, TOKENS, method, chunk=20)
+        assert cache.until == 40 and cache.kept.tolist() == [0, 1, 2, 3, *range(20, 40)]
+        cache.cut(length)
+        assert len(cache) == length
+        plan = model.plan(method, n=50, i=torch.arange(length, 50), j=cache.indices(new=50 - length))
+        assert error(model(TOKENS[:, length:], plan, cache), want[:, length - 40:]) < 1e-5
+    cache.cut(39)
+    assert len(cache) == 0 and error(prefill(model, TOKENS, method, cache=cache)[0], want[:, -1]) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
