@@ -459,6 +459,24 @@ def plot_losses(curves, middles, L, path):
     save(figure, path)
 
 
+def plot_lampe_fit(losses, best, curve, path):
+    """LaMPE fitted: left the loss over mapping lengths, {n: {m: nats per token}}, the best marked; right the best ones
+    by input length, and the fit, a list of (n, m)."""
+    figure = new_figure(11, 4.5)
+    grid_axes, fit_axes = figure.subplots(1, 2)
+    for (n, by_mapping), m in zip(losses.items(), best):
+        [line] = grid_axes.plot(list(by_mapping), list(by_mapping.values()), marker=".", label=f"{n} tokens")
+        grid_axes.plot(m, by_mapping[m], "o", color=line.get_color(), markersize=9)
+    grid_axes.set(xlabel="mapping length", ylabel="nats per token")
+    grid_axes.legend(fontsize=7)
+    fit_axes.plot(list(losses), best, "o", label="lowest loss")
+    fit_axes.plot(*zip(*curve), label="scaled sigmoid")
+    length_axis(fit_axes, list(losses))
+    fit_axes.set(xlabel="input length in tokens", ylabel="mapping length", ylim=(0, None))
+    fit_axes.legend(fontsize=7)
+    save(figure, path)
+
+
 def plot_ruler(scores, averages, tasks, lengths, L, path):
     """A heatmap per method, tasks down and lengths across, below them the mean of the tasks by length; dashed at the
     window. scores: {(method, task, length): percent}; averages: {method: percent by length}."""
