@@ -7,6 +7,7 @@ at once, so that an interrupted run continues. Does not: download texts.
     python eval_perplexity.py book.txt --methods rope,mesa --window 1024       # perplexity, stride 256
     python eval_perplexity.py book.txt --methods rope,mesa --length 2048 --longppl   # and of the tokens that need it
     python eval_perplexity.py book.txt --fit-lampe                             # LaMPE for this model, see fit_lampe.py
+    python eval_perplexity.py --probe                                          # hidden values by position, see probe.py
 
 Loss by position: each document is `length` tokens in one pass, BOS in front, a prompt of n = length tokens to a method.
 Sliding window (arXiv 2306.15595, section 3.2): windows of `window` tokens, BOS in front of each, every `stride` tokens;
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import fit_lampe
+import probe
 from cache import KVCache
 from cli import (Results, markdown, method_list, methods_asked, model_settings, new_parser, number, open_checkpoint,
                  place, read_text, run_command, say, select, settings_line, short_hash)
@@ -295,6 +297,7 @@ def parse_args(argv):
     flag("key-gain", type=number(float, 0), default=2.0, help="nats that the whole context saves; default: 2")
     flag("key-most", type=number(float, 0), default=2.0, help="nats of a key token given all; default: 2")
     flag("fit-lampe", action="store_true", help="fit LaMPE's mapping length instead; its flags: --fit-lampe --help")
+    flag("probe", action="store_true", help="hidden values by position instead, no FILE; its flags: --probe --help")
     flag("results", default="perplexity.jsonl", metavar="FILE")
     flag("plot", metavar="FILE", help="loss by position as a picture (needs matplotlib)")
     args = parser.parse_args(argv)
@@ -356,10 +359,10 @@ def protocol_asked(args, text_tokens):
 def run(argv=None):
     """The command: its exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
-    for flag in ("--fit-lampe", "--fit_lampe"):
-        if flag in words:
-            words.remove(flag)
-            return fit_lampe.run(words, losses)
+    if "--probe" in words:
+        return probe.run([word for word in words if word != "--probe"])
+    if "--fit-lampe" in words:
+        return fit_lampe.run([word for word in words if word != "--fit-lampe"], losses)
     args = parse_args(words)
     path, config, tokenizer = open_checkpoint(args)
     L = config.train_len

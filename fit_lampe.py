@@ -141,7 +141,7 @@ def parse_args(argv):
     parser, flag = new_parser(__doc__)
     parser.add_argument("text", metavar="FILE", help="a UTF-8 text")
     flag("lengths", type=counts, metavar="N,N,...", help="input lengths in tokens; default: 1,2,4,8 times the window")
-    flag("mappings", type=counts, metavar="M,M,...", help="mapping lengths; default: 2,3,...,16 parts of 16 of the window")
+    flag("mappings", type=counts, metavar="M,M,...", help="default: 2,3,...,16 sixteenths of the window")
     flag("documents", type=number(int, 1), default=1, help="parts of the text of each length")
     flag("methods", "method", type=method_list, metavar="M,M,...",
          help=f"what the fit is compared with; default: {','.join(COMPARED)}")

@@ -477,6 +477,26 @@ def plot_lampe_fit(losses, best, curve, path):
     save(figure, path)
 
 
+def plot_probe(values, limits, layers, dims, positions, L, path):
+    """Hidden values by position, a panel for each layer (down) and dimension (across), a line for each method; the
+    threshold and the window are dashed. values: {method: (layers, W, dims)}; limits: {(layer, dim): Threshold}."""
+    figure = new_figure(4.5 * len(dims) + 1, 2.8 * len(layers) + 0.5)
+    grid = figure.subplots(len(layers), len(dims), squeeze=False)
+    for row, layer in enumerate(layers):
+        for column, dim in enumerate(dims):
+            axes = grid[row, column]
+            for method, series in values.items():
+                axes.plot(positions, series[row, :, column], linewidth=1, label=method)
+            if limits[layer, dim]:
+                axes.axhline(limits[layer, dim].value, color="red", linestyle="--", linewidth=1)
+            axes.axvline(L, color="black", linestyle="--", linewidth=1)
+            axes.set_title(f"after layer {layer}, dimension {dim}", fontsize=9)
+    for axes in grid[-1]:
+        axes.set(xlabel="position in tokens")
+    grid[0, 0].legend(fontsize=7)
+    save(figure, path)
+
+
 def plot_ruler(scores, averages, tasks, lengths, L, path):
     """A heatmap per method, tasks down and lengths across, below them the mean of the tasks by length; dashed at the
     window. scores: {(method, task, length): percent}; averages: {method: percent by length}."""
