@@ -497,6 +497,18 @@ def plot_probe(values, limits, layers, dims, positions, L, path):
     save(figure, path)
 
 
+def plot_training(curve, title, path):
+    """The curve of a fine-tuning by step: [{step, loss, validation, old_window}], loss None before the first step."""
+    figure = new_figure(8, 4.5)
+    axes = figure.subplots()
+    for name in ("loss", "validation", "old_window"):
+        points = [(entry["step"], entry[name]) for entry in curve if entry[name] is not None]
+        axes.plot(*zip(*points), marker=".", label=name.replace("_", " "))
+    axes.set(xlabel="step", ylabel="nats per token", title=title)
+    axes.legend(fontsize=7)
+    save(figure, path)
+
+
 def plot_ruler(scores, averages, tasks, lengths, L, path):
     """A heatmap per method, tasks down and lengths across, below them the mean of the tasks by length; dashed at the
     window. scores: {(method, task, length): percent}; averages: {method: percent by length}."""
