@@ -44,7 +44,7 @@ from checkpoint import UNFINISHED, find_checkpoint, read_json, refuse_unfinished
 from cli import (counts, fingerprint, number, pick_device, plain_parser, read_text, run_command, say, settings_line,
                  short_hash)
 from config import Config
-from frequencies import llama3, ntk_base, power_of_two
+from frequencies import UNROTATED, llama3, ntk_base, power_of_two
 from generate import generate
 from model import linear, load_model
 from plan import Region
@@ -76,7 +76,7 @@ def trained_method(text, config, seq_len):
     method = Method.parse("nope" if text == "drope" else text)
     if method.name not in TRAINABLE or method.freq or method.attn_scale:
         raise ValueError(f"--method {text}: a config.json can say {', '.join(TRAINABLE)} or drope alone")
-    if config.freq != "rope" and method.name not in (config.freq, "nope", "rope"):
+    if config.freq not in ("rope", *UNROTATED) and method.name not in (config.freq, "nope", "rope"):
         raise ValueError(f"--method {text}: the checkpoint has been stretched already, by {config.freq}")
     L = config.train_len
     factor = method.params.get("factor")

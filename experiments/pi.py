@@ -7,8 +7,8 @@ repository, printed before it runs, and each goes on where it was, so this one d
 rate by the seeds that it reports; --lr is for all runs alike.
 
     python -m experiments.pi --out runs/pi                                       # the table for tiny, three seeds
-    python -m experiments.pi --out runs/pi --bases tiny,theta=10000,heads=2      # and for models that differ in one thing
-    python -m experiments.pi --out runs/pi --seeds 11 --windows 4 --lr 3e-4      # a rate, on a seed that is not reported
+    python -m experiments.pi --out runs/pi --bases tiny,theta=10000,heads=2      # for models that differ in one thing
+    python -m experiments.pi --out runs/pi --seeds 11 --windows 4 --lr 3e-4      # a rate, on a seed that no table has
     python -m experiments.pi --out runs/pi --commands                            # what is left to run, and nothing more
 
 A base is the name of a checkpoint, or settings of train.py joined by "+": theta=10000, heads=2 (heads twice as wide,

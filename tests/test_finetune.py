@@ -166,6 +166,20 @@ def test_checkpointing_and_passes_leave_the_gradient_as_it_is():
             assert torch.allclose(gradient, gradients[0][name], atol=1e-5), name
 
 
+@pytest.mark.parametrize("flags", [["--micro", "1"], ["--checkpointing"]])
+def test_a_step_is_the_same_in_passes(flags):
+    """Three rows at once, or one after the other: the same loss and the same gradient, no longer than 1."""
+    found = []
+    for given in ([], flags):
+        args = parsed("--method", "yarn:factor=2", "--batch", "3", *given)
+        model = load(TINY)[0].requires_grad_(True)
+        source = finetune.make_source(args, load(TINY)[1], model.config)
+        loss = finetune.train_step(0, args, model, [], source)
+        found.append((loss, torch.cat([weight.grad.flatten() for weight in model.parameters()])))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-5) and float(found[0][1].norm()) < 1.001
+
+
 def test_the_published_recipe_is_that_of_large_models():
     args = finetune.parse_args(["--init", "x", "--out", "x", "--method", "pi:factor=4", "--seq-len", "8192"])
     finetune.complete_recipe(args, 7 * 10 ** 9)
@@ -243,7 +257,8 @@ def test_a_picture_of_the_curve(finished, tmp_path):
     (["--method", "rope", "--seq-len", "16"], "shorter than the old window"),
     (["--method", "rope", "--seq-len", "999"], "too few to train"),
     (["--method", "drope", "--positions", "pose"], "drope drops that"),
-    (["--method", "pi:factor=2", "--init", "nowhere"], "no checkpoint folder nowhere")])
+    (["--method", "pi:factor=2", "--init", "nowhere"], "no checkpoint folder nowhere"),
+    (["--method", "pi:factor=2", "--init", "tiny-nope"], "no rotary positions")])
 def test_bad_settings_are_one_clear_line(flags, named, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         run_command(lambda: tune(tmp_path / "out", *flags), "finetune.py")
