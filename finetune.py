@@ -159,7 +159,8 @@ def make_source(args, tokenizer, config):
         documents = prose()
         held_out = packed(documents[::HELD_OUT], tokenizer, config)
         rest = [text for number, text in enumerate(documents) if number % HELD_OUT]
-        corpus = make_corpus(argparse.Namespace(seed=args.seed, window=args.window), tokenizer, rest, config)
+        shortest = argparse.Namespace(seed=args.seed, window=min(length_at(0, args), args.window))
+        corpus = make_corpus(shortest, tokenizer, rest, config)
     if args.data:
         tokens = packed(read_documents(args.data), tokenizer, config)
         cut = len(tokens) - max(len(tokens) // HELD_OUT, args.seq_len)
