@@ -361,8 +361,9 @@ def run(argv=None):
     words = sys.argv[1:] if argv is None else list(argv)
     if "--probe" in words:
         return probe.run([word for word in words if word != "--probe"])
-    if "--fit-lampe" in words:
-        return fit_lampe.run([word for word in words if word != "--fit-lampe"], losses)
+    rest = [word for word in words if word not in ("--fit-lampe", "--fit_lampe")]
+    if len(rest) < len(words):
+        return fit_lampe.run(rest, losses)
     args = parse_args(words)
     path, config, tokenizer = open_checkpoint(args)
     L = config.train_len

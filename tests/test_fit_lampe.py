@@ -72,7 +72,7 @@ def test_the_command_prints_a_method_to_paste(tmp_path):
 
 def test_a_picture_of_the_fit(tmp_path):
     pytest.importorskip("matplotlib")
-    code, _, _ = run(LICENSE, *SHORT, "--results", tmp_path / "rows", "--plot", tmp_path / "fit.png")
+    code, _, _ = run(LICENSE, "--fit_lampe", *SHORT[1:], "--results", tmp_path / "rows", "--plot", tmp_path / "fit.png")
     assert code == 0 and (tmp_path / "fit.png").stat().st_size > 10_000
 
 
