@@ -10,7 +10,7 @@ on the length of the input depends on n, which stays fixed while tokens are deco
 and decoding are one function of i.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -193,17 +193,31 @@ def lampe_fit(fit, L):
                     max(like.head * L // 8192, 1), max(like.tail * L // 8192, 1))
 
 
-def lampe(i, j, n, L, *, fit=None, mapping=None, head=None, tail=None):
+def with_sigmoid(fit, sigmoid):
+    """The LampeFit with a sigmoid of its own, [a, b, most] as fit_lampe.py prints it, for prompts of every length;
+    unchanged where it is None."""
+    if sigmoid is None:
+        return fit
+    if not isinstance(sigmoid, (list, tuple)) or len(sigmoid) != 3:
+        raise ValueError(f"sigmoid must be three numbers, [a,b,most], not {sigmoid!r}")
+    a, b, most = sigmoid
+    if isinstance(b, bool) or not isinstance(b, (int, float)) or not abs(b) <= 100:
+        raise ValueError(f"sigmoid: b must be a number between -100 and 100, not {b!r}")
+    return replace(fit, a=positive("sigmoid: a", a), b=b, most=positive("sigmoid: most", most), sigmoid_from=0)
+
+
+def lampe(i, j, n, L, *, fit=None, mapping=None, head=None, tail=None, sigmoid=None):
     """LaMPE: true distances below head, a middle rescaled to a mapping length m(n), true spacing again at the far end.
 
     With M(x) = floor(m x/(n - 1)): head i - j; middle M(i) + b1 - M(j); tail (the first keys, seen from the end of the
     prompt) i - b2 - j; b1 and b2 join them (arXiv 2508.02308; the released, separable form, each pair once, M extended
     linearly in decoding; the paper floors the distance instead, which is not separable). mapping m: a sigmoid of n,
     fitted to llama2, llama3, llama3.1 or mistral (fit; see lampe_fit), at most n - 1. head, tail: the fit's.
+    sigmoid: [a, b, most] of a fit to the model at hand, see fit_lampe.py.
     Plain RoPE while n < 2 head, or where the tail would reach into the head.
     n=12, m=6, head=3, tail=2: M = 0 0 1 1 2 2 3 3 4 4 5 6, query 11 sees 0..11 at 8 7 6 6 5 5 4 4 3 2 1 0.
     """
-    fit = lampe_fit(fit, L)
+    fit = with_sigmoid(lampe_fit(fit, L), sigmoid)
     head = whole("head", head, fit.head)
     tail = whole("tail", tail, fit.tail)
     if n < 2 * head or n < 3:

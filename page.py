@@ -52,9 +52,9 @@ VALUES = {  # where a parameter's slider stops, beside its default
     "on": ("pi", "yarn"), "rope_theta": (1e3, 1e4), "s": (0.2, 0.4),
 }
 START = {"width": 16}                    # where it stands at first, if not at its default
-NO_SLIDER = ("mesa:linear", "lampe:logit_factor", "last", "reserve", "margin", "remainder", "power", "fit", "mscale",
-             "mscale_all_dim", "attention_factor", "truncate", "original_max_position_embeddings", "short_factor",
-             "long_factor")
+NO_SLIDER = ("mesa:linear", "lampe:logit_factor", "last", "reserve", "margin", "remainder", "power", "fit", "sigmoid",
+             "mscale", "mscale_all_dim", "attention_factor", "truncate", "original_max_position_embeddings",
+             "short_factor", "long_factor")
 NEEDED = {                               # parameters without a default that would do
     "short_factor": [1.0] * 32,
     "long_factor": [8 ** (pair / 31) for pair in range(32)],

@@ -449,6 +449,56 @@ def draw_losses(axes, curves, middles):
     draw_curves(axes, curves, highlighted(curves, best=min))
 
 
+def plot_lampe_fit(losses, best, curve, path):
+    """LaMPE fitted: left the loss over mapping lengths, {n: {m: nats per token}}, the best marked; right the best ones
+    by input length, and the fit, a list of (n, m)."""
+    figure = new_figure(11, 4.5)
+    grid_axes, fit_axes = figure.subplots(1, 2)
+    for (n, by_mapping), m in zip(losses.items(), best):
+        [line] = grid_axes.plot(list(by_mapping), list(by_mapping.values()), marker=".", label=f"{n} tokens")
+        grid_axes.plot(m, by_mapping[m], "o", color=line.get_color(), markersize=9)
+    grid_axes.set(xlabel="mapping length", ylabel="nats per token")
+    grid_axes.legend(fontsize=7)
+    fit_axes.plot(list(losses), best, "o", label="lowest loss")
+    fit_axes.plot(*zip(*curve), label="scaled sigmoid")
+    length_axis(fit_axes, list(losses))
+    fit_axes.set(xlabel="input length in tokens", ylabel="mapping length", ylim=(0, None))
+    fit_axes.legend(fontsize=7)
+    save(figure, path)
+
+
+def plot_probe(values, limits, layers, dims, positions, L, path):
+    """Hidden values by position, a panel for each layer (down) and dimension (across), a line for each method; the
+    threshold and the window are dashed. values: {method: (layers, W, dims)}; limits: {(layer, dim): Threshold}."""
+    figure = new_figure(4.5 * len(dims) + 1, 2.8 * len(layers) + 0.5)
+    grid = figure.subplots(len(layers), len(dims), squeeze=False)
+    for row, layer in enumerate(layers):
+        for column, dim in enumerate(dims):
+            axes = grid[row, column]
+            for method, series in values.items():
+                axes.plot(positions, series[row, :, column], linewidth=1, label=method)
+            if limits[layer, dim]:
+                axes.axhline(limits[layer, dim].value, color="red", linestyle="--", linewidth=1)
+            axes.axvline(L, color="black", linestyle="--", linewidth=1)
+            axes.set_title(f"after layer {layer}, dimension {dim}", fontsize=9)
+    for axes in grid[-1]:
+        axes.set(xlabel="position in tokens")
+    grid[0, 0].legend(fontsize=7)
+    save(figure, path)
+
+
+def plot_training(curve, title, path):
+    """The curve of a fine-tuning by step: [{step, loss, validation, old_window}], loss None before the first step."""
+    figure = new_figure(8, 4.5)
+    axes = figure.subplots()
+    for name in ("loss", "validation", "old_window"):
+        points = [(entry["step"], entry[name]) for entry in curve if entry[name] is not None]
+        axes.plot(*zip(*points), marker=".", label=name.replace("_", " "))
+    axes.set(xlabel="step", ylabel="nats per token", title=title)
+    axes.legend(fontsize=7)
+    save(figure, path)
+
+
 def plot_ruler(scores, averages, tasks, lengths, L, path, highlight=None):
     """A heatmap per method, tasks down and lengths across, below them the mean of the tasks by length; dashed at the
     window. scores: {(method, task, length): percent}; averages: {method: percent by length}; highlight: see

@@ -9,7 +9,7 @@ Hugging Face folder and training.json, the record of the run. An interrupted run
 last save when the same command is given again, and ends in the same weights: batches depend on (seed, step) alone.
 
 Does not: read any other data, or show the model a position beyond --window. Whatever the model does out there is the
-doing of the extrapolation method.
+doing of the extrapolation method. (finetune.py trains a checkpoint further, at a longer window.)
 
     python train.py --out start --cosine 16 --store bfloat16 --steps 2000 --grow 1000
     python train.py --out middle --init start --steps 1200 --grow 100 --lr 1.5e-3

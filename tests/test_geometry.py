@@ -478,6 +478,15 @@ def test_lampe_fits_as_released(fit):
         assert bool(want.max() < n - 1) == (n >= 2 * head), n
 
 
+def test_lampe_with_a_sigmoid_of_ones_own():
+    """[a, b, most] as text, as the command line has it: those of llama3 give its mapping lengths from 8,192 tokens on,
+    and below it what the sigmoid gives, where the release has 1,536."""
+    method = "lampe:sigmoid=[1.0493097327094324e-04,-2.466638011138158,6204.409324666837]"
+    for n, mapping in ((1024, 535), (8192, 1036), (12288, 1461), (131072, 6204)):
+        want = plan_of("lampe", n, 8192, i=[n - 1], mapping=mapping)
+        assert same(distance(plan_of(method, n, 8192, i=[n - 1])), distance(want)), n
+
+
 def test_lampe_largest_distances():
     """llama3 as released, at 32,768 and 131,072 tokens: below its window of 8,192."""
     for n, largest in ((32768, 5117), (131072, 6892)):

@@ -276,7 +276,8 @@ def test_wrong_sizes_are_named(name, values):
     "rerope": "windw=4 window=0 window=-4 window=2.5 window=four", "leaky-rerope": "window=0 k=0 k=-2.0",
     "self-extend": "group=0 group=2.5 window=0", "dca": "chunk=0 top=0 top=4 fit=gpt2", "string": "shift=0 window=2.5",
     "streaming-llm": "recent=0 sinks=x", "lm-infinite": "local=0 sinks=0 cap=6", "stair": "linear=0 width=0",
-    "lampe": "mapping=0 head=0 tail=-2 fit=gpt2 fit=[1] logit_factor=0", "infoscale": "clamp=0",
+    "lampe": "mapping=0 head=0 tail=-2 fit=gpt2 fit=[1] logit_factor=0 sigmoid=[1,2] sigmoid=3 "
+             "sigmoid=[0,1,9] sigmoid=[1,true,9] sigmoid=[1,1e3,9] sigmoid=[1,1,0]", "infoscale": "clamp=0",
     "logn": "power=0", "cosscale": "cosine=true",
     "mesa": "fit=gpt2 "
             "first=0 chunk=-1 chunk=8 last=0 linear=0 width=1.5 reserve=-1 margin=-1 remainder=x overlap=-1 overlap=6",
