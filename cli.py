@@ -423,12 +423,24 @@ def peak_memory(device):
     """Peak memory in bytes: of the accelerator on cuda, else of the process; None where the platform does not say."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
+    peak = process_bytes("VmHWM")  # what getrusage says may be the peak of the process that started this one
+    if peak is not None:
+        return peak
     try:
         import resource
     except ImportError:  # Windows
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def process_bytes(field):
+    """A size of this process in bytes, VmRSS now or VmHWM at most; None on a platform without /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+    except (OSError, StopIteration):
+        return None
 
 
 def read_text(path):

@@ -84,9 +84,14 @@ class Config:
         """
         return Method.of(method, freq, attn_scale, **params).plan(self, n, i, j)
 
+    def plans(self, method, n, i=None, j=None):
+        """{"": the Plan of a Method, text: that of the layers with this method of their own}, of what layers there are;
+        the arguments are those of plan."""
+        methods = {own: Method.parse(own) if own else method for own in self.layer_methods or ("",)}
+        return {own: each.plan(self, n, i, j) for own, each in methods.items()}
+
     def later_keys(self, method, n, now):
         """The keys before index `now` that a cache has to keep, of a Method for a prompt of n tokens and of the layers
         with a method of their own: disjoint, rising intervals [(start, stop)]. See Method.later_keys."""
-        methods = [method] if self.is_governed else []
-        methods += [Method.parse(own) for own in set(self.layer_methods) - {""}]
+        methods = [Method.parse(own) if own else method for own in set(self.layer_methods or ("",))]
         return merged([interval for each in methods for interval in each.later_keys(self, n, now)])

@@ -10,13 +10,12 @@ Letters: T tokens of a piece of the prompt, D head width, R regions of a plan.
 """
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from cache import CACHE_DTYPES, SCALE
 from checkpoint import available_memory
-from cli import peak_memory
+from cli import peak_memory, process_bytes
 from model import Llama
 from quantized import BITS, BLOCK, bits_asked, quantize_layers
 from rotation import is_unrotated
@@ -68,7 +67,8 @@ def estimate(config, method, lengths, new, dtype, quantize=None, chunk=8192, row
     longest = [max(n, 1) for n in sorted(lengths)[-rows:]]     # a chat begins with none
     bits = bits_asked(config, quantize)
     held = [held_tokens(method, config, n, new, chunk) for n in longest]
-    plan = method.plan(config, longest[-1], *last_piece(method, config, longest[-1], chunk))
+    plans = config.plans(method, longest[-1], *last_piece(method, config, longest[-1], chunk)).values()
+    plan = max(plans, key=lambda plan: len(plan.regions))
     copies = 0
     if config.cache_dtype is None or CACHE_DTYPES[config.cache_dtype] == dtype:
         copies = rotated_copies(plan) if device == "cpu" else 0
@@ -84,11 +84,7 @@ def estimate(config, method, lengths, new, dtype, quantize=None, chunk=8192, row
 
 def process_memory():
     """Bytes that this process holds now; the most that it has held where the platform does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
-    except (OSError, StopIteration):
-        return peak_memory("cpu") or 0
+    return process_bytes("VmRSS") or peak_memory("cpu") or 0
 
 
 def free_memory(device):

@@ -18,6 +18,7 @@ from attention import attend
 from checkpoint import find_checkpoint
 from config import Config
 from frequencies import pick
+from positions import Method
 from quantized import load_weights
 from single_row import ATTENTIONS, PRODUCTS, Ways, fastest_ways
 from tokenizer import load_tokenizer
@@ -166,13 +167,10 @@ class Llama(nn.Module):
     def plan(self, method=None, *, n, i=None, j=None, **settings):
         """The Plan of a method, see Config.plan; where some layers are local or without positions, a list with a Plan
         for each layer, these layers' own as they were trained. Layers that attend alike share one."""
-        config = self.config
-        plans = {"": config.plan(method, n=n, i=i, j=j, **settings)}
-        for own in set(config.layer_methods) - {""}:
-            plans[own] = config.plan(own, n=n, i=i, j=j)
-        if not config.layer_methods:
-            return plans[""]
-        return [plans[own] for own in config.layer_methods]
+        if not self.config.layer_methods:
+            return self.config.plan(method, n=n, i=i, j=j, **settings)
+        plans = self.config.plans(Method.of(method, **settings), n, i, j)
+        return [plans[own] for own in self.config.layer_methods]
 
     def forward(self, tokens, plan, cache=None, last_only=False, impl="auto"):
         """Logits (B, Tq, vocab_size), or (B, 1, vocab_size) of the last token with last_only, for tokens (B, Tq) int64.

@@ -610,6 +610,7 @@ def parse_args(argv):
     flag("dtype", choices=["auto", *DTYPES], default="auto", help="with --trace")
     flag("device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="with --trace")
     flag("quantize", choices=BITS, help="with --trace: weights of 8 or 4 bits")
+    parser.set_defaults(cache_dtype=None)
     args = parser.parse_args(argv)
     if args.trace is not None or args.prompt_file is not None:
         return args

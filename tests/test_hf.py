@@ -270,7 +270,7 @@ def test_generate_py_takes_the_folder(folders, capsys):
     flags += ["--method", "mesa", "--train-len", "20"]
     assert run(flags) == 0
     said = capsys.readouterr()
-    assert "method=mesa" in said.err and "train-len=20" in said.err and "prefill 100/130" in said.err
+    assert "method=mesa" in said.err and "train-len=20" in said.err and "memory: about" in said.err
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folders["gemma3_text"])
     _, tokenizer = hf.open_folder(folders["gemma3_text"])
     ids = torch.tensor([tokenizer.encode(TEXT)])

@@ -72,7 +72,7 @@ def test_a_run_that_would_not_fit_is_refused_before_anything_is_loaded(many, mon
     batch = ["--prompts", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
     args = ["--max-new-tokens", "3", *(batch if many else ["--prompt", "The grass is green."])]
     with pytest.raises(SystemExit) as end, monkeypatch.context() as patch:
-        patch.setattr(script, "load_model", None)
+        patch.setattr(script, "open_model", None)
         run_command(lambda: script.run(args), "generate.py")
     out, err = capsys.readouterr()
     assert end.value.code == 2 and not out and "1.0 MiB are free" in err and "--quantize int8 or int4" in err
