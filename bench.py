@@ -4,7 +4,7 @@ Does: check every candidate against its reference; time all of them in turn, rou
 PyTorch's own causal attention or to transformers on the same weights, and peak memory; append every result to a JSONL
 file; say whether others were using the machine. Does not: compare with numbers of another day.
 
-    python bench.py attention --lengths 4096,16384         # also: decode, model, load, kernel (CUDA only), all
+    python bench.py attention --lengths 4096,16384         # also: decode, model, batch, load, kernel (CUDA), all
     python bench.py parallel                               # several processes beside one, see bench_parallel.py
     python bench.py model --shape llama-7b --scratch DIR   # random weights in bfloat16, written once, memory-mapped
 
@@ -39,6 +39,7 @@ from safetensors.torch import save_file
 import bench_llama_cpp
 import bench_parallel
 from attention import attend, attend_dense
+from batch import Row, decode_rows
 from checkpoint import available_memory, weight_bytes
 from cli import (keep_freed_memory, markdown, method_list, number, pick_device, plain_parser, read_rows, run_command,
                  say, settings_line)
@@ -59,7 +60,9 @@ PYTORCH = "pytorch causal"
 PYTORCH_STEP = "pytorch, keys rotated before"
 ROTATE_ALL = "all keys rotated at each step"
 TRANSFORMERS = "transformers sdpa"
+PADDED = "transformers, rows padded"
 LLAMA_CPP = "llama.cpp bf16"
+ROWS = (1, 4, 16)  # that are decoded at once
 
 
 @dataclass
@@ -674,6 +677,94 @@ def decoding_bytes(model, n):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# many rows at once
+
+@torch.no_grad()
+def batches(args, report):
+    """Decoding of 1, 4 and 16 rows of different lengths together, beside the same rows one by one, and beside
+    transformers, which pads them to the longest."""
+    keep_freed_memory()
+    folder = random_checkpoint(args)
+    ours = load_model(folder, Config.from_hf(folder), torch.bfloat16, args.device)
+    theirs = transformers_models(args, folder, ours).get(TRANSFORMERS)
+    for n in args.lengths:
+        one_row = {}  # method: tokens/s of one row, for the other numbers of rows
+        for count in ROWS:
+            prompts = [random_ids(max(n * (k + 1) // count, 1), args.device) for k in range(count)]
+            batch_table(args, report, ours, theirs, prompts, one_row)
+
+
+def batch_table(args, report, ours, theirs, prompts, one_row, tokens=4):
+    """The table of decoding after prompts [(1, n)], in turns of `tokens` tokens for each of them."""
+    count = len(prompts)
+    calls = {}
+    for method in args.methods:
+        calls[str(method)] = rows_together(ours, prompts, method, tokens)
+        calls[f"{method}, one by one"] = rows_one_by_one(ours, prompts, method, tokens)
+    if theirs is not None:
+        calls[PADDED] = padded_rows(theirs, prompts, tokens)
+    measured = race(calls, args.rounds, args.device)
+    rows = []
+    for name, mine in measured.items():
+        speed = count * tokens / mine.median
+        method = name.removesuffix(", one by one")
+        if count == 1:
+            one_row[name] = speed
+        alone = measured.get(f"{method}, one by one")
+        rows.append({"batch": name, "rows": count, "longest": prompts[-1].shape[1], "tokens/s": speed,
+                     "x one row": speed / one_row[name],
+                     "x one by one": alone.median / mine.median if alone else math.nan,
+                     "x transformers padded": speedup(measured, PADDED, name)})
+    report.add("batch", f"decoding {count} rows, {args.shape}, bfloat16", rows)
+
+
+def rows_together(model, prompts, method, tokens):
+    """A function that decodes so many more tokens after each of prompts [(1, n)] each time it is called."""
+    rows = []
+    for ids in prompts:
+        logits, cache = prefill(model, ids, method)
+        rows.append(Row(len(rows), ids.shape[1], method, logits, cache, greedy, tokens + 1, never))
+
+    def call():
+        for row in rows:
+            row.tokens = []  # the first token needs no forward pass
+        for _ in decode_rows(model, rows, len(rows)):
+            pass
+    return call
+
+
+def never(tokens):
+    """No text ends before its room does."""
+    return False
+
+
+def rows_one_by_one(model, prompts, method, tokens):
+    """As rows_together, but one row after the other."""
+    calls = [our_decoding(model, ids, method, tokens, room=64) for ids in prompts]
+
+    def call():
+        for decode_row in calls:
+            decode_row()
+    return call
+
+
+def padded_rows(model, prompts, tokens):
+    """As rows_together, in a transformers model: prompts are padded at the left to the longest of them."""
+    longest = max(ids.shape[1] for ids in prompts)
+    padded = torch.cat([F.pad(ids, (longest - ids.shape[1], 0)) for ids in prompts])
+    is_there = torch.cat([F.pad(torch.ones_like(ids), (longest - ids.shape[1], 0)) for ids in prompts])
+    cache = model(padded, attention_mask=is_there, use_cache=True, logits_to_keep=1).past_key_values
+    next_ids = torch.full_like(padded[:, :1], 3)
+
+    def call():
+        nonlocal is_there
+        for _ in range(tokens):
+            is_there = torch.cat((is_there, torch.ones_like(next_ids)), 1)
+            model(next_ids, attention_mask=is_there, past_key_values=cache, use_cache=True)
+    return call
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # loading
 
 LOADING = "import sys, bench; bench.load_alone(sys.argv[1], sys.argv[2])"  # in a process of its own
@@ -758,14 +849,14 @@ def parallel(args, report):
                f"and {bench_parallel.BYTES / 1e9:.0f} GB/s a GPU", bench_parallel.computed_rows(methods))
 
 
-SECTIONS = {"attention": attention, "decode": decode_attention, "model": whole_model, "load": loading, "kernel": kernel,
-            "parallel": parallel}
+SECTIONS = {"attention": attention, "decode": decode_attention, "model": whole_model, "batch": batches,
+            "load": loading, "kernel": kernel, "parallel": parallel}
 APART = ("kernel", "parallel")  # not among "all": one needs a GPU, the other starts processes
 # what a section measures where the flags do not say
-LENGTHS = {"attention": [2048, 8192, 16384], "decode": [4096, 16384], "model": [512, 4096, 8192], "load": [],
-           "kernel": [4096, 16384, 65536], "parallel": [2049, 8191]}
-METHODS = {"attention": LAYER_METHODS, "decode": LAYER_METHODS, "model": MODEL_METHODS, "load": [],
-           "kernel": LAYER_METHODS, "parallel": bench_parallel.METHODS}
+LENGTHS = {"attention": [2048, 8192, 16384], "decode": [4096, 16384], "model": [512, 4096, 8192], "batch": [1024],
+           "load": [], "kernel": [4096, 16384, 65536], "parallel": [2049, 8191]}
+METHODS = {"attention": LAYER_METHODS, "decode": LAYER_METHODS, "model": MODEL_METHODS, "batch": MODEL_METHODS[:2],
+           "load": [], "kernel": LAYER_METHODS, "parallel": bench_parallel.METHODS}
 
 
 def lengths(text):
@@ -783,7 +874,7 @@ def parse_args(argv):
     flag("kv-heads", type=number(int, 1), help="default: as many as --heads")
     flag("width", type=number(int, 16, 256), default=64, help="of a head")
     flag("dtype", choices=DTYPES, default="float32", help="of attention and decode")
-    flag("shape", choices=SHAPES, default="110m", help="of model and load")
+    flag("shape", choices=SHAPES, default="110m", help="of model, batch and load")
     flag("scratch", default=tempfile.gettempdir(), metavar="DIR", help="where random checkpoints are written, and stay")
     flag("rounds", type=number(int, 1), default=5)
     flag("threads", type=number(int, 1), default=os.cpu_count())

@@ -205,8 +205,9 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": line}]
         text, ids = self.prompt(messages)
         reused = min(common_prefix(self.cached, ids), len(ids) - 1)  # the last one gives the logits to begin with
-        self.cached = ids[:reused]
         self.cache.cut(reused)
+        reused = min(reused, len(self.cache))  # none, where it has forgotten what these have seen
+        self.cached = ids[:reused]
         if self.warn:
             self.warn(len(ids))
         tokens = []       # of the answer

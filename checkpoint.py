@@ -1,8 +1,8 @@
 """Hugging Face checkpoint folders: config.json and safetensors, read and checked.
 
-Does: find a folder, read the fields that shape a LLaMA and its positions, read weights (one file or sharded), each
-tensor checked by name, shape and type before it is read. Does not: build the network (model.py), read the tokenizer
-(tokenizer.py), or unpickle anything.
+Does: find a folder, read the fields that shape a LLaMA, or one of FAMILIES, and its positions, read weights (one file
+or sharded), each tensor checked by name, shape and type before it is read. Does not: build the network (model.py), read
+the tokenizer (tokenizer.py), or unpickle anything.
 
     fields = config_fields("llama-7b")                    # for config.Config(**fields)
     state = read_weights("llama-7b", shapes)              # {name: tensor} for the {name: shape} that is wanted
@@ -21,6 +21,27 @@ ROPE_TYPES = {"default": "rope", "linear": "pi", "dynamic": "dynamic-ntk", "yarn
               "longrope": "longrope"}
 ENCODINGS = ("rope", *UNROTATED)     # values of our key position_encoding
 UNFINISHED = "training-state.pt"     # in a folder that train.py has not finished; it writes and deletes it
+NEUTRAL = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor",
+           "finetuned")                # keys of rope_scaling that every type has, or that change no number
+FAMILIES = {  # model_type in config.json: what its network has that a LLaMA's has not, as fields of config.Config
+    "llama":   {},
+    "mistral": {},
+    "qwen2":   {"qkv_bias": True},
+    "qwen3":   {"qk_norm": True},
+    "smollm3": {},
+}
+ABSENT = {  # and what its config.json means where it lacks these keys
+    "llama":   {},
+    "mistral": {"sliding_window": 4096},
+    "qwen2":   {"sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768},
+    "qwen3":   {"sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768, "head_dim": 128},
+    "smollm3": {"no_rope_layer_interval": 4, "max_position_embeddings": 32768, "rope_theta": 2e6,
+                "tie_word_embeddings": True},
+}
+LOCAL = {  # kind of layer in config.json's layer_types: the method that it is, its setting, and the key with its value
+    "sliding_attention": ("sliding", "window", "sliding_window"),
+    "chunked_attention": ("chunked", "chunk", "attention_chunk_size"),
+}
 FLOAT_TYPES = ("F64", "F32", "BF16", "F16")
 INTEGER_TYPES = {"int8": ("I8",), "int4": ("U8",)}          # of the tensors of these names in quantize.py's folders
 QUANTIZATIONS = {8: {"bits": 8}, 4: {"bits": 4, "group": 32}}  # values of our key quantization, which it writes
@@ -67,9 +88,23 @@ def config_fields(path, train_len=None):
     file = Path(path) / "config.json"
     raw = read_json(file)
     try:
-        return fields_of(raw, train_len)
+        fields = fields_of(raw, train_len)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: {error}") from None
+    return fields | generation_eos(path, fields["vocab_size"])
+
+
+def generation_eos(path, vocab_size):
+    """{"eos_token_id": ids} that end a text by generation_config.json, which goes before config.json; {} where it does
+    not say. ValueError for what are no token ids."""
+    file = Path(path) / "generation_config.json"
+    value = read_json(file).get("eos_token_id") if file.is_file() else None
+    if value is None:
+        return {}
+    tokens = eos_tokens(value)
+    if not all(isinstance(token, int) and 0 <= token < vocab_size for token in tokens):
+        raise ValueError(f"{file}: eos_token_id {value!r} is outside the vocabulary of {vocab_size}")
+    return {"eos_token_id": tokens}
 
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -81,9 +116,9 @@ def fields_of(raw, train_len=None):
     """The keyword arguments of config.Config for the contents of a config.json."""
     kind = raw.get("model_type", "llama")
     activation = raw.get("hidden_act", "silu")
-    window = raw.get("sliding_window")
-    if kind not in ("llama", "mistral") or activation != "silu" or window:
-        raise ValueError(f"not a LLaMA: model_type {kind}, hidden_act {activation}, sliding_window {window}")
+    if kind not in FAMILIES or activation != "silu":
+        raise ValueError(f"model_type {kind} with hidden_act {activation} is none of {', '.join(FAMILIES)} with silu")
+    raw = {**ABSENT[kind], **raw}
     fields = {name: whole(name, raw.get(name)) for name in SIZES}
     fields |= {name: raw[name] for name in OPTIONAL if raw.get(name) is not None}
     heads = raw["num_attention_heads"]
@@ -93,6 +128,8 @@ def fields_of(raw, train_len=None):
     fields["eos_token_id"] = eos_tokens(raw.get("eos_token_id", 2))
     fields["dtype"] = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     fields["bits"] = stored_bits(raw)
+    fields |= FAMILIES[kind]
+    fields["layer_methods"] = layer_methods(kind, raw)
     fields |= position_fields(raw)
     fields["train_len"] = train_len or fields["train_len"]
     return fields
@@ -116,6 +153,46 @@ def stored_bits(raw):
     raise ValueError(f"unknown quantization {found!r}; known are {', '.join(map(str, QUANTIZATIONS.values()))}")
 
 
+def layer_methods(kind, raw):
+    """For every layer what own_method says of it, () where it says nothing of any.
+
+    Mistral's layers are all local or none; Qwen's from max_window_layers on; SmolLM3's are those without positions, one
+    in no_rope_layer_interval; layer_types says otherwise. Qwen and SmolLM3 have use_sliding_window beside the window.
+    """
+    layers = raw["num_hidden_layers"]
+    window = raw.get("sliding_window")
+    if kind == "llama" and window:
+        raise ValueError(f"a llama has no sliding_window {window}")
+    rotary = [1] * layers
+    if kind == "smollm3":
+        interval = whole("no_rope_layer_interval", raw["no_rope_layer_interval"])
+        rotary = raw.get("no_rope_layers") or [(number + 1) % interval for number in range(layers)]
+    types = None if kind in ("llama", "mistral") else raw.get("layer_types")
+    if types is None:
+        types = ["full_attention"] * layers
+        for number in range(layers):
+            of_qwen = kind.startswith("qwen") and number >= raw["max_window_layers"]
+            of_smollm = kind == "smollm3" and not rotary[number]
+            is_local = kind == "mistral" or raw.get("use_sliding_window") and (of_qwen or of_smollm)
+            if window and is_local:
+                types[number] = "sliding_attention"
+    if len(types) != layers or len(rotary) < layers:
+        raise ValueError(f"layer_types and no_rope_layers are not of {layers} layers")
+    own = tuple(own_method(types[number], not rotary[number], raw) for number in range(layers))
+    return own if any(own) else ()
+
+
+def own_method(kind, is_free, raw):
+    """What a layer of this kind, without positions if is_free, attends by whatever method is asked for, as text:
+    "sliding:window=4096", "nope"; "" where it is rotary and sees all keys, so that the method asked for governs it."""
+    if kind == "full_attention":
+        return "nope" if is_free else ""
+    if kind not in LOCAL:
+        raise ValueError(f"layers of kind {kind} are not supported")
+    name, setting, source = LOCAL[kind]
+    return f"{name}:{setting}={whole(source, raw.get(source))}" + ":freq=nope" * is_free
+
+
 def position_fields(raw):
     """Config's freq, freq_params, rope_theta and train_len, from rope_scaling or the newer rope_parameters."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -129,8 +206,9 @@ def position_fields(raw):
     encoding = raw.get("position_encoding", "rope")
     if encoding not in ENCODINGS:
         raise ValueError(f"unknown position_encoding {encoding!r}, not one of {ENCODINGS}")
+    chunked = raw.get("dual_chunk_attention_config") or {}  # Qwen2.5-1M, see geometry.dca_fit
     L = (rope.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
-         or raw.get("max_position_embeddings", 2048))
+         or chunked.get("original_max_position_embeddings") or raw.get("max_position_embeddings", 2048))
     if encoding != "rope":
         return {"freq": encoding, "train_len": L}
 
@@ -141,6 +219,12 @@ def position_fields(raw):
         raise ValueError(f"rope_type {kind!r} has no factor")
     settings["original_max_position_embeddings"] = L  # --train-len must not bend the frequencies of the checkpoint
     known = parameters(FREQUENCIES[ROPE_TYPES[kind]])
+    unknown = [name for name, value in rope.items() if value is not None and name not in (*known, *NEUTRAL)]
+    if unknown:
+        raise ValueError(f"rope_scaling of type {kind} has {unknown[0]}, which is not supported and may change the "
+                         "numbers")
+    if kind == "default" and rope.get("factor") not in (None, 1):
+        raise ValueError(f"rope_scaling has the factor {rope['factor']}, but no type")
     theta = rope.get("rope_theta")
     if theta is None:
         theta = raw.get("rope_theta")

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
+import hf
 from attention import IMPLEMENTATIONS
-from cache import KVCache, load_cache, save_cache
+from cache import CACHE_DTYPES, KVCache, load_cache, save_cache
 from checkpoint import find_checkpoint, refuse_unfinished
 from config import Config
 from geometry import METHODS
@@ -98,12 +99,9 @@ def new_parser(doc):
     flag("dtype", choices=["auto", *DTYPES], default="auto")
     flag("device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     flag("impl", choices=IMPLEMENTATIONS, default="auto", help="how attention is computed")
+    flag("cache-dtype", choices=CACHE_DTYPES, help="hold keys and values in fewer bytes; default: as they are")
     flag("train-len", type=number(int, 1), help="override the training length L of config.json")
     flag("quantize", choices=BITS, help="weights of 8 or 4 bits, see quantized.py; default: as stored")
-    flag("tensor-parallel", type=number(int, 1), default=1, metavar="N",
-         help="under torchrun: cut the matrices among N ranks; default: 1")
-    flag("timeout", type=number(float, 1), default=TIMEOUT,
-         help="under torchrun: seconds after which a rank that does not answer is given up; default: %(default)g")
     return parser, flag
 
 
@@ -136,17 +134,26 @@ def number(kind, least, most=float("inf")):
     return parse
 
 
-def share_flag(flag):
-    """Add the flag of an evaluation that says what ranks share out."""
-    flag("share", choices=["trials", "keys"], default="trials", help="what the ranks of torchrun share out: the "
-         "trials, or the keys of every prompt, where one rank has no room for them")
+def rank_flags(flag, evaluation=False):
+    """Add the flags about several processes; in an evaluation also what they share out."""
+    flag("tensor-parallel", type=number(int, 1), default=1, metavar="N",
+         help="under torchrun: cut the matrices among N ranks; default: 1")
+    flag("timeout", type=number(float, 1), default=TIMEOUT,
+         help="under torchrun: seconds after which a rank that does not answer is given up; default: %(default)g")
+    if evaluation:
+        flag("share", choices=["trials", "keys"], default="trials", help="what the ranks of torchrun share out: the "
+             "trials, or the keys of every prompt, where one rank has no room for them")
 
 
 def prompt_flags(flag):
     """Add the flags that say what is continued, and until when."""
     flag("prompt", help="text to continue; default: a passkey prompt of 8 times the window")
-    flag("prompt-file", metavar="PATH", help="read the prompt from a UTF-8 file, - for stdin")
+    flag("prompt-file", action="append", metavar="PATH", help="read the prompt from a UTF-8 file, - for stdin; "
+         "repeatable: prompts that are answered together")
     flag("prompt-ids", type=token_ids, metavar="IDS", help="the prompt as token ids, 1,2,3; nothing is added")
+    flag("prompts", metavar="FILE", help="many prompts from a file of JSON lines, each with a \"prompt\" or \"ids\"")
+    flag("out", metavar="FILE", help="of --prompts: their answers as JSON lines; those that are there are kept")
+    flag("rows", type=number(int, 1), default=16, help="prompts that are answered at once; default: %(default)s")
     flag("chat", action="store_true", help="turns on stdin and stdout, by the checkpoint's chat template")
     flag("system", metavar="TEXT", help="the system message of a chat")
     flag("stop", action="append", default=[], type=some_text, metavar="TEXT",
@@ -218,9 +225,12 @@ def can_take(config, method):
 
 def agreed(ranks, args, path, **found):
     """The Ranks, those of a process alone where ranks is None, once all have the same checkpoint, and the same of all
-    else that is found. ValueError that names who has another."""
+    else that is found. ValueError that names who has another, or where the model cannot be shared out."""
     ranks = ranks or Ranks()
     ranks.timeout = args.timeout
+    is_shared = args.tensor_parallel > 1 or ranks.size > 1 and is_together(args)
+    if is_shared and hf.takes(path):
+        raise ValueError(f"{path}: a model that runs through transformers is not shared out among processes")
     if ranks.size > 1:
         ranks.check_same(checkpoint=fingerprint(path),
                          **{name: short_hash(str(value).encode()) for name, value in found.items()})
@@ -228,22 +238,8 @@ def agreed(ranks, args, path, **found):
 
 
 def is_together(args):
-    """Whether the ranks of an evaluation all work on every prompt."""
-    return args.share == "keys" or args.tensor_parallel > 1
-
-
-def open_model(args, path, config, dtype, device, ranks, tokens=0, together=True):
-    """The model of --quantize and --tensor-parallel, in evaluation mode, its keys spread over ranks where they work
-    together; tokens as in model.load_model."""
-    if args.tensor_parallel > 1:
-        keys, matrices = ranks.split(args.tensor_parallel)
-        model = load_shard(path, config, matrices, dtype, device, tokens, args.quantize)
-        spread(model, keys)
-        return model
-    model = load_model(path, config, dtype, device, tokens, args.quantize)
-    if together:
-        spread(model, ranks)
-    return model
+    """Whether the ranks all work on every prompt: those of an evaluation may take a trial each."""
+    return getattr(args, "share", "keys") == "keys" or args.tensor_parallel > 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,13 +249,36 @@ def open_checkpoint(args):
     """(folder, Config, Tokenizer) of --ckpt and --train-len."""
     path = find_checkpoint(args.ckpt)
     refuse_unfinished(path)
+    if hf.takes(path):
+        if args.quantize:
+            raise ValueError(f"{path}: --quantize is for families of model.py; transformers quantises by its own means")
+        return path, *hf.open_folder(path, args.train_len)
     config = Config.from_hf(path, args.train_len)
     return path, config, load_tokenizer(path, config.bos_token_id)
 
 
+def open_model(args, path, config, dtype, device, tokens=0, ranks=None):
+    """The model of open_checkpoint's folder: a model.Llama, its keys spread over ranks where they work together and its
+    matrices cut by --tensor-parallel, or a hf.Model where only transformers knows the family; tokens as in
+    model.load_model."""
+    ranks = ranks or Ranks()
+    if hf.takes(path):
+        return hf.load_model(path, config, dtype, device, args.train_len)
+    if args.tensor_parallel > 1:
+        ranks, matrices = ranks.split(args.tensor_parallel)
+        model = load_shard(path, config, matrices, dtype, device, tokens, args.quantize)
+    else:
+        model = load_model(path, config, dtype, device, tokens, args.quantize)
+    if is_together(args):
+        spread(model, ranks)
+    return model
+
+
 def place(args, config):
-    """(device, torch dtype) of --device and --dtype, with malloc set for running a model there."""
+    """(device, torch dtype) of --device and --dtype, with malloc set for running a model there; and the config's type
+    of caches, of --cache-dtype."""
     keep_freed_memory()
+    config.cache_dtype = args.cache_dtype
     bits_asked(config, args.quantize)  # a wrong one shows here, before anything long
     device = pick_device(args.device)
     return device, pick_dtype(args.dtype, config.dtype, device)
@@ -296,7 +315,7 @@ def read_prompt(args):
         raise ValueError("--prompt-ids and --explain are for one prompt, not for --chat")
     if args.system is not None and not args.chat:
         raise ValueError("--system is for --chat")
-    text = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
+    text = args.prompt if args.prompt_file is None else read_text(args.prompt_file[0])
     if text is not None and not text.strip():
         raise ValueError("the prompt is empty")
     return text
@@ -319,7 +338,8 @@ def cache_settings(args, path, config, method, dtype):
     params = dict(sorted(method.params.items()))
     method = Method(method.name or config.freq, method.freq, method.attn_scale, params)
     return {"checkpoint": fingerprint(path), "method": str(method), "train-len": str(config.train_len),
-            "dtype": type_name(dtype), "quantize": str(args.quantize)}
+            "dtype": type_name(dtype), "quantize": str(args.quantize),
+            "cache-dtype": str(args.cache_dtype)}
 
 
 def open_cache(file, config, settings, device):
@@ -345,7 +365,7 @@ def keep_cache(file, cache, ids, settings, note):
 def model_settings(args, path, L, dtype, **protocol):
     """The settings that tell the rows of an evaluation from others: its protocol, and all that is about the model."""
     return {"ckpt": args.ckpt, "weights": fingerprint(path), **protocol, "train_len": L, "dtype": type_name(dtype),
-            "impl": args.impl, "quantize": args.quantize}
+            "impl": args.impl, "quantize": args.quantize, "cache_dtype": args.cache_dtype}
 
 
 def type_name(dtype):
@@ -367,14 +387,17 @@ def keep_freed_memory(most=2 ** 29, block=2 ** 25):
     mallopt(-3, block)  # M_MMAP_THRESHOLD
 
 
+def check_compile(args, path):
+    """ValueError where --compile is asked for and cannot be had: without a C++ compiler, or for a hf.Model."""
+    if args.compile and hf.takes(path):
+        raise ValueError("--compile is not there for a model that runs through transformers")
+    if args.compile and not has_compiler():
+        raise ValueError("torch.compile needs a C++ compiler (g++ or clang++), and there is none")
+
+
 def compile_dense(model):
     """Let torch.compile fuse the feed-forward networks of a Llama, in place, for more than one token at a time: takes
-    half a minute, and a prompt is read up to a fifth faster.
-
-    Raises ValueError where there is no C++ compiler.
-    """
-    if not has_compiler():
-        raise ValueError("torch.compile needs a C++ compiler (g++ or clang++), and there is none")
+    half a minute, and a prompt is read up to a fifth faster."""
     for block in model.model.layers:
         block.feed_forward = compiled_for_many(block.feed_forward)
 
@@ -388,12 +411,39 @@ def compiled_for_many(f):
     return run
 
 
-def progress_of(chunk):
-    """progress(done, n) that says on one line how far a prompt of more than a chunk of tokens has been read."""
-    def progress(done, n):
-        if n > chunk:
-            say(f"\rprefill {done}/{n}", end="\n" if done == n else "")
-    return progress
+class Progress:
+    """progress(done, total) says how far something has come and how long the rest will take, if all of it takes two
+    seconds or more: on a terminal in one line that is written over, elsewhere in a line now and then."""
+
+    def __init__(self, what):
+        self.what = what
+        self.last = None                # done, when it was told last; None before it begins, and after it has ended
+
+    def __call__(self, done, total):
+        now = time.monotonic()
+        if self.last is None or done < self.last:
+            self.first = done           # more than 0 where a cache holds the first tokens of a prompt
+            self.began = now
+            self.said = None            # when something was said last
+        self.last = done if done < total else None
+        if done == self.first:
+            return
+        elapsed = now - self.began
+        left = elapsed / (done - self.first) * (total - done)
+        pause = 0.2 if sys.stderr.isatty() else max(2.0, elapsed / 10)
+        is_soon = self.said is not None and now - self.said < pause and done < total
+        if elapsed + left < 2 or is_soon:
+            return
+        self.said = now
+        say_over(f"{self.what} {done}/{total}, {left:.0f} s left", done == total)
+
+
+def say_over(text, is_last=False):
+    """Print to stderr: on a terminal in the place of the line before, unless that was the last one of its kind."""
+    if sys.stderr.isatty():
+        say(f"\r\033[K{text}", end="\n" if is_last else "")
+    else:
+        say(text)
 
 
 def write_stream(tokens, tokenizer, ids, device, stops=(), cached=0):
@@ -437,12 +487,24 @@ def peak_memory(device):
     """Peak memory in bytes: of the accelerator on cuda, else of the process; None where the platform does not say."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
+    peak = process_bytes("VmHWM")  # what getrusage says may be the peak of the process that started this one
+    if peak is not None:
+        return peak
     try:
         import resource
     except ImportError:  # Windows
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def process_bytes(field):
+    """A size of this process in bytes, VmRSS now or VmHWM at most; None on a platform without /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+    except (OSError, StopIteration):
+        return None
 
 
 def read_text(path):
@@ -481,8 +543,10 @@ class Results:
         """The rows of these settings in the file, by key."""
         with locked(self.path):
             rows = read_rows(self.path)
-        return {self.key(row): row for row in rows
-                if all(row.get(name) == value for name, value in self.settings.items())}
+        return {self.key(row): row for row in rows if self.has_settings_of(row)}
+
+    def has_settings_of(self, row):
+        return all(row.get(name) == value for name, value in self.settings.items())
 
     def key(self, row):
         return tuple(row[name] for name in self.key_fields)

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from cli import (Results, accuracy, agreed, counts, is_together, markdown, method_list, methods_asked, model_settings,
-                 new_parser, number, open_checkpoint, open_model, place, read_text, run_command, say, select,
-                 settings_line, share_flag, short_hash)
+                 new_parser, number, open_checkpoint, open_model, place, rank_flags, read_text, run_command, say,
+                 select, settings_line, short_hash)
 from generate import decode, prefill, sample
+from plots import HIGHLIGHTED, check_highlight
 from show import figure_class, heatmap, plot_passkey, say_warnings
 from tasks import FILLER, NAMES, TASKS, Prompt, answer_text, passkey_prompt, random_digits, record_prompt
 
@@ -104,9 +105,11 @@ def answer_logps(model, logits, cache, right, method, n, impl):
     As if the answer had been written: one pass over all its tokens but the last, which are left in the cache.
     """
     end = n + right.shape[1] - 1
-    plan = model.plan(method, n=n, i=torch.arange(n, end), j=torch.arange(end))
-    rest = model(right[:, :-1].to(logits.device), plan, cache, impl=impl)
-    logits = torch.cat((logits[:, None], rest), dim=1)  # (B, length, vocab)
+    logits = logits[:, None]
+    if end > n:
+        plan = model.plan(method, n=n, i=torch.arange(n, end), j=cache.indices(end - n))
+        rest = model(right[:, :-1].to(logits.device), plan, cache, impl=impl)
+        logits = torch.cat((logits, rest), dim=1)  # (B, length, vocab)
     logp = logits.float().log_softmax(-1).cpu().gather(-1, right[..., None])
     return logp.sum((1, 2)).tolist()
 
@@ -120,7 +123,7 @@ def first_integer(text):
 def is_cut(model, prompt, method):
     """Whether the last token of the needle cannot see its first one: a chunk boundary of Mesa, the edge of a window."""
     first, last = prompt.span
-    plan = model.plan(method, n=len(prompt.ids), i=torch.tensor([last]), j=torch.arange(len(prompt.ids)))
+    plan = model.config.plan(method, n=len(prompt.ids), i=torch.tensor([last]), j=torch.arange(len(prompt.ids)))
     for region in plan.regions:
         if int(region.start) <= first < int(region.end):
             return False
@@ -228,7 +231,7 @@ def report(args, rows, L):
         if line:
             print(line)
     if args.plot:
-        plot_passkey(rows, methods, args.lengths, args.depths, L, args.plot)
+        plot_passkey(rows, methods, args.lengths, args.depths, L, args.plot, args.highlight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,8 +250,10 @@ def parse_args(argv):
     flag("kmax", action="store_true",
          help=f"the effective window: {KMAX_CELLS} depths, {KMAX_TRIALS} trials, a fifth right")
     flag("results", default="results.jsonl", metavar="FILE")
-    share_flag(flag)
+    rank_flags(flag, evaluation=True)
     flag("plot", metavar="FILE", help="heatmaps and accuracy by length as a picture (needs matplotlib)")
+    flag("highlight", type=method_list, metavar="M,M,...",
+         help=f"methods in colour on --plot; default: all, or of many the best and {', '.join(HIGHLIGHTED)}")
     flag("seed", type=number(int, 0), default=0)
     args = parser.parse_args(argv)
     if args.task != "passkey" and (args.needles > 1 or args.filler != "repeat"):
@@ -263,6 +268,7 @@ def check(args, config, tokenizer, filler):
     what will not work well."""
     if args.plot:
         figure_class()
+        check_highlight(args.highlight, args.methods)
     for n in args.lengths:
         make_prompt(args, tokenizer, n, 0.5, random.Random(0), filler)
     say_warnings(config, args.methods, args.lengths)
@@ -284,7 +290,7 @@ def run(argv=None, ranks=None):
     say(settings_line({**settings, "methods": args.methods, "device": device, "lengths": args.lengths}))
     ranks = agreed(ranks, args, path, settings={**settings, "methods": args.methods, "lengths": args.lengths})
     results = Results(args.results, settings, ("method", "length", "cell", "trial"), ranks, is_together(args))
-    model = open_model(args, path, config, dtype, device, ranks, together=is_together(args))
+    model = open_model(args, path, config, dtype, device, ranks=ranks)
     run_grid(args, model, tokenizer, filler, results)
     results.finish()
     if ranks.rank == 0:

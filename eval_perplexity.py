@@ -6,6 +6,8 @@ at once, so that an interrupted run continues. Does not: download texts.
     python eval_perplexity.py book.txt --methods rope,mesa --length 2048       # mean loss in each of 8 stretches
     python eval_perplexity.py book.txt --methods rope,mesa --window 1024       # perplexity, stride 256
     python eval_perplexity.py book.txt --methods rope,mesa --length 2048 --longppl   # and of the tokens that need it
+    python eval_perplexity.py book.txt --fit-lampe                             # LaMPE for this model, see fit_lampe.py
+    python eval_perplexity.py --probe                                          # hidden values by position, see probe.py
 
 Loss by position: each document is `length` tokens in one pass, BOS in front, a prompt of n = length tokens to a method.
 Sliding window (arXiv 2306.15595, section 3.2): windows of `window` tokens, BOS in front of each, every `stride` tokens;
@@ -15,14 +17,17 @@ finds them for all (--key-method), and is favoured by that: they are tokens that
 """
 import functools
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+import fit_lampe
+import probe
 from cli import (Results, agreed, is_together, markdown, method_list, methods_asked, model_settings, new_parser, number,
-                 open_checkpoint, open_model, place, read_text, run_command, say, select, settings_line, share_flag,
+                 open_checkpoint, open_model, place, rank_flags, read_text, run_command, say, select, settings_line,
                  short_hash)
 from parallel import new_cache
 from positions import Method
@@ -291,8 +296,10 @@ def parse_args(argv):
     flag("key-stride", type=number(int, 1), help="tokens that share a short context; default: a quarter of it")
     flag("key-gain", type=number(float, 0), default=2.0, help="nats that the whole context saves; default: 2")
     flag("key-most", type=number(float, 0), default=2.0, help="nats of a key token given all; default: 2")
+    flag("fit-lampe", action="store_true", help="fit LaMPE's mapping length instead; its flags: --fit-lampe --help")
+    flag("probe", action="store_true", help="hidden values by position instead, no FILE; its flags: --probe --help")
     flag("results", default="perplexity.jsonl", metavar="FILE")
-    share_flag(flag)
+    rank_flags(flag, evaluation=True)
     flag("plot", metavar="FILE", help="loss by position as a picture (needs matplotlib)")
     args = parser.parse_args(argv)
     if args.window and (args.length or args.plot or args.longppl):
@@ -352,7 +359,15 @@ def protocol_asked(args, text_tokens):
 
 def run(argv=None, ranks=None):
     """The command: its exit code; ranks: this process among others, a Ranks."""
-    args = parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    rest = [word for word in words if word not in ("--probe", "--fit-lampe", "--fit_lampe")]
+    if len(rest) < len(words) and ranks and ranks.size > 1:
+        raise ValueError("--fit-lampe and --probe run in one process, not under torchrun")
+    if "--probe" in words:
+        return probe.run([word for word in words if word != "--probe"])
+    if len(rest) < len(words):
+        return fit_lampe.run(rest, losses)
+    args = parse_args(words)
     path, config, tokenizer = open_checkpoint(args)
     L = config.train_len
     text = read_text(args.text)
@@ -369,7 +384,7 @@ def run(argv=None, ranks=None):
     say(settings_line({**settings, "methods": args.methods, "device": device}))
     ranks = agreed(ranks, args, path, settings={**settings, "methods": args.methods})
     results = Results(args.results, settings, key_fields, ranks, is_together(args))
-    model = open_model(args, path, config, dtype, device, ranks, together=is_together(args))
+    model = open_model(args, path, config, dtype, device, ranks=ranks)
     run_all(args, model, tokenizer, ids, results)
     results.finish()
     if ranks.rank:

@@ -1,6 +1,7 @@
 """RULER (arXiv 2404.06654): needles, variables, words to count, questions in long prompts, by method, task and length.
 
-Does: the tasks of ruler_tasks.py, or any prompts with references from a file; greedy answers in batches, scored as
+Does: the tasks of ruler_tasks.py, the three of tasks.py (passkey, lines, kv), or any prompts with references from a
+file; on one seed or several, with the spread; greedy answers in batches, scored as
 NVIDIA/RULER does (scripts/eval/synthetic/constants.py), or exactly, by F1 or by ROUGE-L; every answer goes to a results
 file at once, and what is there is not run again. Does not: sample, or use chat templates.
 
@@ -10,9 +11,11 @@ file at once, and what is there is not run again. Does not: sample, or use chat 
 
 A length counts the prompt and the tokens that the model may write, as in RULER.
 """
+import itertools
 import json
 import random
 import re
+import statistics
 import string
 import time
 from collections import Counter
@@ -24,16 +27,19 @@ from pathlib import Path
 import torch
 
 from cli import (Results, agreed, counts, is_together, markdown, method_list, methods_asked, model_settings, new_parser,
-                 number, open_checkpoint, open_model, place, read_text, run_command, say, settings_line, share_flag,
-                 short_hash)
+                 number, open_checkpoint, open_model, place, rank_flags, read_text, run_command, say, select,
+                 settings_line, short_hash)
 from generate import decode, prefill, sample
+from plots import HIGHLIGHTED, check_highlight
 from ruler_tasks import NIAH, SIZES, TASKS, Size, answer_room, new_material, ruler_prompt, scaled_down, size_for
 from show import figure_class, plot_ruler, say_warnings
+from tasks import TASKS as DIGITS, passkey_prompt, random_digits, record_prompt
 
 DEFAULT_METHODS = ("yarn", "rerope", "self-extend", "mesa")  # after what config.json says
 BATCH = 16384       # tokens that run together
 THRESHOLD = 85.6    # percent: Llama-2-7B's mean at 4,096 tokens, from which a length counts as effective
 ROOM = 64           # tokens that a model may write for a prompt from a file
+DIGITS_ROOM = 8     # tokens that a model may write for five digits
 REFERENCE_FIELDS = ("outputs", "answers", "references", "output", "answer")
 
 
@@ -45,7 +51,8 @@ class Case:
     """One prompt, and its place in the table."""
     task: str
     length: int            # the column it counts for
-    number: int            # which one of its task and length
+    seed: int
+    number: int            # which one of its task, length and seed
     text: str
     ids: list[int]
     references: list[str]
@@ -54,9 +61,10 @@ class Case:
 
 @dataclass
 class Cell:
-    """The prompts of one task and length."""
+    """The prompts of one task, length and seed."""
     task: str
     length: int
+    seed: int
     count: int
     make: Callable[[], list[Case]]
 
@@ -72,19 +80,36 @@ def scaled_tasks(args, tokenizer, window, material):
     """{task: Scaled} of the tasks asked for: the same at all lengths, so as to fit into a window of so many tokens."""
     found = {}
     for task in args.tasks:
+        if task in DIGITS:
+            found[task] = Scaled(SIZES[0], DIGITS_ROOM)
+            continue
         size = SIZES[0] if args.full else size_for(tokenizer, task, window, material)
         found[task] = Scaled(size, answer_room(tokenizer, task, size, material))
     return found
 
 
-def make_cases(args, tokenizer, task, length, scaled, material):
-    """The args.samples Cases of a task and a length; what is drawn is fixed by seed, task, length and number."""
+def make_cases(args, tokenizer, task, length, seed, scaled, material):
+    """The args.samples Cases of a task, a length and a seed; what is drawn is fixed by these and its number."""
     cases = []
     for k in range(args.samples):
-        rng = random.Random(f"test-{args.seed}-{task}-{length}-{k}")  # no seed of training begins with "test"
-        prompt = ruler_prompt(tokenizer, task, length - scaled.room, rng, material, scaled.size)
-        cases.append(Case(task, length, k, prompt.text, prompt.ids, prompt.references, scaled.room))
+        rng = random.Random(f"test-{seed}-{task}-{length}-{k}")  # no seed of training begins with "test"
+        n = length - scaled.room
+        if task in DIGITS:
+            prompt = digits_prompt(tokenizer, task, n, rng)
+            text, references = tokenizer.decode(prompt.ids), [prompt.answer]
+        else:
+            prompt = ruler_prompt(tokenizer, task, n, rng, material, scaled.size)
+            text, references = prompt.text, prompt.references
+        cases.append(Case(task, length, seed, k, text, prompt.ids, references, scaled.room))
     return cases
+
+
+def digits_prompt(tokenizer, task, n, rng):
+    """A Prompt of tasks.py of n tokens, its needle at a random depth."""
+    depth = rng.random()
+    if task == "passkey":
+        return passkey_prompt(tokenizer, n, depth, [random_digits(rng)])
+    return record_prompt(tokenizer, task, n, depth, rng)
 
 
 def read_json(path):
@@ -130,7 +155,7 @@ def read_cases(args, tokenizer):
         length = len(ids) + room
         if row.get("length") != length:  # not from --write: prompts of many lengths, in columns of powers of two
             length = 1 << (length - 1).bit_length()
-        cases.append(Case(task, length, numbers[task, length], prompt, ids, references, room))
+        cases.append(Case(task, length, 0, numbers[task, length], prompt, ids, references, room))
         numbers[task, length] += 1
     if not cases:
         raise ValueError(f"{args.data}: no prompts")
@@ -166,7 +191,7 @@ def cells_of(cases):
     groups = {}
     for case in cases:
         groups.setdefault((case.length, case.task), []).append(case)
-    return [Cell(task, length, len(groups[length, task]), partial(list, groups[length, task]))
+    return [Cell(task, length, 0, len(groups[length, task]), partial(list, groups[length, task]))
             for length, task in sorted(groups)]
 
 
@@ -298,7 +323,7 @@ def run_grid(args, model, tokenizer, cells, results):
     for cell in cells:
         cases = None
         for method in args.methods:
-            keys = [(str(method), cell.task, cell.length, number) for number in range(cell.count)]
+            keys = keys_of(cell, method)
             if not all(key in results.rows for key in keys):
                 cases = cases or cell.make()
                 run_cases(args, model, tokenizer, cases, method, results)
@@ -310,17 +335,22 @@ def run_grid(args, model, tokenizer, cells, results):
             say(f"{method} {cell.task} {cell.length}: {score:.1f} ({seconds_left:.0f} s left)")
 
 
+def keys_of(cell, method):
+    """The keys of a method's rows of a Cell, as Results has them."""
+    return [(str(method), cell.task, cell.length, cell.seed, number) for number in range(cell.count)]
+
+
 def run_cases(args, model, tokenizer, cases, method, results):
     """Run the batches of cases that lack a row in results, each batch whole."""
     for batch in batches(cases):
-        keys = [(str(method), case.task, case.length, case.number) for case in batch]
+        keys = [(str(method), case.task, case.length, case.seed, case.number) for case in batch]
         if not results.claim(keys):
             continue
         rows = []
         for case, answer in zip(batch, answer_batch(model, tokenizer, batch, method, args.impl)):
             score = SCORES[args.score](case.task, answer, case.references)
             rows.append({"method": str(method), "task": case.task, "length": case.length, "trial": case.number,
-                         "tokens": len(case.ids), "references": case.references, "answer": answer,
+                         "seed": case.seed, "tokens": len(case.ids), "references": case.references, "answer": answer,
                          "score": round(score, 4)})
         results.add(rows)
 
@@ -354,6 +384,21 @@ def means(scores, method, tasks, lengths):
     return found
 
 
+def spread_over_seeds(rows, method, tasks, lengths):
+    """[the standard deviation of the seeds' means over the tasks, for each length]; nan of a single seed."""
+    columns = []
+    for seed in sorted({row["seed"] for row in rows}):
+        scores = score_table(select(rows, seed=seed), [method], tasks, lengths)
+        columns.append(means(scores, method, tasks, lengths))
+    if len(columns) < 2:
+        return [float("nan")] * len(lengths)
+    return [statistics.stdev(column) for column in zip(*columns)]
+
+
+def mean_text(average, spread):
+    return cell_text(average) + (f" ± {spread:.1f}" if spread == spread else "")
+
+
 def effective_length(lengths, averages, threshold):
     """The longest length whose mean is at least the threshold, as text; "below 256" where none is."""
     reached = [length for length, average in zip(lengths, averages) if average >= threshold]
@@ -378,11 +423,13 @@ def report(args, rows, tasks, lengths, L):
     lines = []
     for method in methods:
         reach = effective_length(lengths, averages[method], args.threshold)
-        lines.append([method, *[cell_text(average) for average in averages[method]], reach])
+        spreads = spread_over_seeds(rows, method, tasks, lengths)
+        cells = [mean_text(average, spread) for average, spread in zip(averages[method], spreads)]
+        lines.append([method, *cells, reach])
     header = ["mean", *[f"{length} ({length / L:g}x)" for length in lengths], f"effective ({args.threshold:g})"]
     print("\n" + markdown(header, lines))
     if args.plot:
-        plot_ruler(scores, averages, tasks, lengths, L, args.plot)
+        plot_ruler(scores, averages, tasks, lengths, L, args.plot, args.highlight)
 
 
 def short_name(task):
@@ -409,7 +456,8 @@ def parse_args(argv):
     parser, flag = new_parser(__doc__)
     parser.set_defaults(ckpt="tiny-ruler")  # the shipped model that was trained on these tasks
     flag("methods", "method", type=method_list, metavar="M,M,...", help="as in eval_passkey.py; or all")
-    flag("tasks", "task", metavar="all|niah|T,T,...", help=f"of {', '.join(TASKS)}; default: all (qa with --qa)")
+    flag("tasks", "task", metavar="all|niah|T,T,...", help=f"of {', '.join((*TASKS, *DIGITS))}; default: all, "
+         "RULER's (qa with --qa)")
     flag("lengths", type=counts, metavar="N,N,...",
          help="tokens of prompt and answer; default: 1,2,4,8 times the window")
     flag("samples", type=number(int, 1), default=20, help="prompts per task and length")
@@ -425,9 +473,12 @@ def parse_args(argv):
     flag("write", metavar="FILE.jsonl", help="write the prompts, and stop")
     flag("predictions", metavar="FOLDER", help="write the answers as NVIDIA's evaluate.py reads them")
     flag("results", default="ruler.jsonl", metavar="FILE")
-    share_flag(flag)
+    rank_flags(flag, evaluation=True)
     flag("plot", metavar="FILE", help="heatmaps and means by length as a picture (needs matplotlib)")
-    flag("seed", type=number(int, 0), default=0)
+    flag("highlight", type=method_list, metavar="M,M,...",
+         help=f"methods in colour on --plot; default: all, or of many the best and {', '.join(HIGHLIGHTED)}")
+    flag("seed", type=seeds, default=[0], metavar="N,N,...",
+         help="prompts are drawn anew for each; the means get their standard deviation over seeds; default: 0")
     args = parser.parse_args(argv)
     if args.data and (args.tasks or args.lengths or args.write or args.prose or args.qa or args.full):
         parser.error("--data brings its own prompts: no --tasks, --lengths, --write, --prose, --qa or --full with it")
@@ -436,16 +487,21 @@ def parse_args(argv):
     return args
 
 
+def seeds(text):
+    """An argparse type: "0,1,2" -> [0, 1, 2]."""
+    parse = number(int, 0)
+    return list(dict.fromkeys(parse(part) for part in text.split(",")))
+
+
 def tasks_asked(text, with_qa):
     """The list of tasks that --tasks asks for."""
-    if text in (None, "all"):
-        return [task for task in TASKS if task != "qa" or with_qa]
+    groups = {"all": [task for task in TASKS if task != "qa" or with_qa], "niah": NIAH}
     names = []
-    for name in text.split(","):
-        names += NIAH if name == "niah" else [name]
+    for name in (text or "all").split(","):
+        names += groups.get(name, [name])
     for name in names:
-        if name not in TASKS:
-            raise ValueError(f"--tasks: unknown task {name!r}; there are {', '.join(TASKS)}")
+        if name not in (*TASKS, *DIGITS):
+            raise ValueError(f"--tasks: unknown task {name!r}; there are {', '.join((*TASKS, *DIGITS))}")
     if "qa" in names and not with_qa:
         raise ValueError("--tasks qa needs --qa FILE, questions in SQuAD's format")
     return list(dict.fromkeys(names))
@@ -455,14 +511,15 @@ def say_sizes(scaled, window):
     """Which tasks are smaller than RULER's, and in what."""
     groups = {}
     for task, found in scaled.items():
-        groups.setdefault(scaled_down(task, found.size), []).append(task)
+        if task not in DIGITS:
+            groups.setdefault(scaled_down(task, found.size), []).append(task)
     for text, tasks in groups.items():
         if text:
             say(f"scaled down for a window of {window} tokens: {', '.join(tasks)}: {text}")
 
 
 def own_prompts(args, tokenizer, L):
-    """(Cells, settings that tell their rows from others) of the tasks of ruler_tasks.py. ValueError before all that is
+    """(Cells, settings that tell their rows from others) of the tasks by name. ValueError before all that is
     long where a length is too short."""
     args.lengths = args.lengths or [L, 2 * L, 4 * L, 8 * L]
     args.tasks = tasks_asked(args.tasks, args.qa)
@@ -471,18 +528,17 @@ def own_prompts(args, tokenizer, L):
     scaled = scaled_tasks(args, tokenizer, window, material)
     say_sizes(scaled, window)
     cells = []
-    for length in args.lengths:
-        for task in args.tasks:
-            room = scaled[task].room
-            if length <= room:
-                raise ValueError(f"--lengths {length}: an answer of the task {task} may take {room} tokens")
-            make = partial(make_cases, args, tokenizer, task, length, scaled[task], material)
-            cells.append(Cell(task, length, args.samples, make))
-    for task in args.tasks:
-        n = min(args.lengths) - scaled[task].room
-        ruler_prompt(tokenizer, task, n, random.Random(0), material, scaled[task].size)
+    for length, task, seed in itertools.product(args.lengths, args.tasks, args.seed):
+        room = scaled[task].room
+        if length <= room:
+            raise ValueError(f"--lengths {length}: an answer of the task {task} may take {room} tokens")
+        make = partial(make_cases, args, tokenizer, task, length, seed, scaled[task], material)
+        cells.append(Cell(task, length, seed, args.samples, make))
+    for cell in cells:
+        if cell.length == min(args.lengths) and cell.seed == args.seed[0]:
+            cell.make()
     material_hash = short_hash(repr((material.prose, material.questions, material.paragraphs)).encode())
-    return cells, {"seed": args.seed, "material": material_hash, "scaled_for": window, "full": args.full}
+    return cells, {"material": material_hash, "scaled_for": window, "full": args.full}
 
 
 def prompts_asked(args, tokenizer, L):
@@ -499,6 +555,7 @@ def check(args, config, lengths):
     work well."""
     if args.plot:
         figure_class()
+        check_highlight(args.highlight, args.methods)
     if args.score == "rouge-l":
         rouge_scorer()
     say_warnings(config, args.methods, lengths)
@@ -511,6 +568,8 @@ def run(argv=None, ranks=None):
     L = config.train_len
     args.methods = methods_asked(config, args.methods, (config.freq, *DEFAULT_METHODS))
     cells, prompt_settings = prompts_asked(args, tokenizer, L)
+    if args.write and not {cell.task for cell in cells}.isdisjoint(DIGITS):
+        raise ValueError(f"--write is for RULER's tasks: those of {', '.join(DIGITS)} are made of tokens, not of text")
     if args.write:
         if ranks is None or ranks.rank == 0:
             write_cases(args.write, cells)
@@ -522,16 +581,14 @@ def run(argv=None, ranks=None):
     settings = model_settings(args, path, L, dtype, **prompt_settings, score_by=args.score)
     say(settings_line({**settings, "methods": args.methods, "device": device, "lengths": lengths}))
     ranks = agreed(ranks, args, path, settings={**settings, "methods": args.methods, "lengths": lengths})
-    results = Results(args.results, settings, ("method", "task", "length", "trial"), ranks, is_together(args))
-    model = open_model(args, path, config, dtype, device, ranks, together=is_together(args))
+    results = Results(args.results, settings, ("method", "task", "length", "seed", "trial"), ranks, is_together(args))
+    model = open_model(args, path, config, dtype, device, ranks=ranks)
     run_grid(args, model, tokenizer, cells, results)
     results.finish()
     if ranks.rank:
         return 0
 
-    keys = [(str(method), cell.task, cell.length, number)
-            for method in args.methods for cell in cells for number in range(cell.count)]
-    rows = [results.rows[key] for key in keys]
+    rows = [results.rows[key] for method in args.methods for cell in cells for key in keys_of(cell, method)]
     report(args, rows, list(dict.fromkeys(cell.task for cell in cells)), lengths, L)
     if args.predictions:
         write_predictions(args.predictions, rows)

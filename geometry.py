@@ -10,7 +10,7 @@ on the length of the input depends on n, which stays fixed while tokens are deco
 and decoding are one function of i.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -77,16 +77,30 @@ def self_extend(i, j, n, L, *, window=None, group=None):
     return near_far(i, j, window, i // group + window - window // group, j // group)
 
 
-def dca(i, j, n, L, *, chunk=None, top=None):
+def dca_fit(fit, L):
+    """(chunk, top) of Dual Chunk Attention: the paper's, 3L/4 and L - 1, or as released for a model.
+
+    The releases call top chunk_size, and the difference of the two local_window or local_size: "llama" (3L/4 and L/8,
+    for LLaMA, Mistral and Mixtral) and "qwen" (3L/4 and L/16, for Qwen1.5) of HKUNLP/ChunkLlama @ 2add4d7, "qwen-1m"
+    (262144 and 8192) of Qwen2.5-1M's config.json, where attn-scale=qwen-1m goes with it.
+    """
+    if fit is None:
+        return scaled("chunk", None, 1536, L), max(L - 1, 1)
+    released = {"llama": (3 * L // 4, L // 8), "qwen": (3 * L // 4, L // 16), "qwen-1m": (262144, 8192)}
+    chunk_size, local = pick(released, "DCA fit", fit)
+    return max(chunk_size - local, 1), max(chunk_size, 1)
+
+
+def dca(i, j, n, L, *, fit=None, chunk=None, top=None):
     """Dual Chunk Attention: keys stand at j mod chunk, queries where that gives distances of at most top.
 
     At i mod chunk for their own chunk, min(chunk + i mod chunk, top) for the one before, top for all earlier ones
-    (arXiv 2402.17463, section 3). chunk: 3L/4; top: L - 1. (The released code: top 3L/4, chunk 3L/4 - L/8. Qwen2.5-1M
-    in vLLM: top its chunk_size, chunk its chunk_size - local_size, with attn-scale=qwen-1m.)
+    (arXiv 2402.17463, section 3). chunk: 3L/4; top: L - 1; or those of a model (fit; see dca_fit).
     chunk 4, top 5: query 10 sees 8 9 10 at 2 1 0, 4..7 at 5 4 3 2 and 0..3 at 5 4 3 2.
     """
-    chunk = scaled("chunk", chunk, 1536, L)
-    top = whole("top", top, max(L - 1, 1), least=chunk - 1)  # a nearer top would put keys behind the query
+    fitted_chunk, fitted_top = dca_fit(fit, L)
+    chunk = whole("chunk", chunk, fitted_chunk)
+    top = whole("top", top, fitted_top, least=chunk - 1)  # a nearer top would put keys behind the query
     own = i - i % chunk
     previous = (own - chunk).clamp(min=0)
     k_pos = j % chunk
@@ -179,17 +193,31 @@ def lampe_fit(fit, L):
                     max(like.head * L // 8192, 1), max(like.tail * L // 8192, 1))
 
 
-def lampe(i, j, n, L, *, fit=None, mapping=None, head=None, tail=None):
+def with_sigmoid(fit, sigmoid):
+    """The LampeFit with a sigmoid of its own, [a, b, most] as fit_lampe.py prints it, for prompts of every length;
+    unchanged where it is None."""
+    if sigmoid is None:
+        return fit
+    if not isinstance(sigmoid, (list, tuple)) or len(sigmoid) != 3:
+        raise ValueError(f"sigmoid must be three numbers, [a,b,most], not {sigmoid!r}")
+    a, b, most = sigmoid
+    if isinstance(b, bool) or not isinstance(b, (int, float)) or not abs(b) <= 100:
+        raise ValueError(f"sigmoid: b must be a number between -100 and 100, not {b!r}")
+    return replace(fit, a=positive("sigmoid: a", a), b=b, most=positive("sigmoid: most", most), sigmoid_from=0)
+
+
+def lampe(i, j, n, L, *, fit=None, mapping=None, head=None, tail=None, sigmoid=None):
     """LaMPE: true distances below head, a middle rescaled to a mapping length m(n), true spacing again at the far end.
 
     With M(x) = floor(m x/(n - 1)): head i - j; middle M(i) + b1 - M(j); tail (the first keys, seen from the end of the
     prompt) i - b2 - j; b1 and b2 join them (arXiv 2508.02308; the released, separable form, each pair once, M extended
     linearly in decoding; the paper floors the distance instead, which is not separable). mapping m: a sigmoid of n,
     fitted to llama2, llama3, llama3.1 or mistral (fit; see lampe_fit), at most n - 1. head, tail: the fit's.
+    sigmoid: [a, b, most] of a fit to the model at hand, see fit_lampe.py.
     Plain RoPE while n < 2 head, or where the tail would reach into the head.
     n=12, m=6, head=3, tail=2: M = 0 0 1 1 2 2 3 3 4 4 5 6, query 11 sees 0..11 at 8 7 6 6 5 5 4 4 3 2 1 0.
     """
-    fit = lampe_fit(fit, L)
+    fit = with_sigmoid(lampe_fit(fit, L), sigmoid)
     head = whole("head", head, fit.head)
     tail = whole("tail", tail, fit.tail)
     if n < 2 * head or n < 3:
@@ -270,7 +298,34 @@ def dynamic_split(n, L, first, last, reserve, margin, remainder, overlap=0):
     return chunk
 
 
-def mesa(i, j, n, L, *, first=None, last=None, width=None, chunk=None, linear=None,
+@dataclass
+class MesaFit:
+    """Mesa's constants for a model, in tokens: the first chunk, about the last one, and the stair's width."""
+    first: int
+    last: int
+    width: int | None  # None: see stair_width
+    reserve: int = 50
+    margin: int = 100
+    remainder: int = 200
+
+
+MESA = {  # of the released code (soacker/Mesa-Extrapolation @ d8077eb), which has L = 2048 for all of them
+    "open-llama": MesaFit(100, 512, 50),     # open_llama_3b, and whatever has no constants of its own
+    "llama2": MesaFit(100, 800, 20),         # LLaMA-2-7B-chat, its window of 4096 notwithstanding
+    "vicuna": MesaFit(100, 1024, 200),
+}
+
+
+def mesa_fit(fit, L):
+    """The MesaFit of a name; by default that of L = 2048 in proportion to L, its width following the prompt."""
+    if fit:
+        return pick(MESA, "Mesa fit", fit)
+    return MesaFit(scaled("first", None, 100, L), scaled("last", None, 512, L), None,
+                   scaled("reserve", None, 50, L, least=0), scaled("margin", None, 100, L, least=0),
+                   scaled("remainder", None, 200, L, least=0))
+
+
+def mesa(i, j, n, L, *, fit=None, first=None, last=None, width=None, chunk=None, linear=None,
          reserve=None, margin=None, remainder=None, overlap=0):
     """Mesa-Extrapolation: chunks that see the first chunk and themselves; the last one sees all, by Stair PE.
 
@@ -282,16 +337,19 @@ def mesa(i, j, n, L, *, first=None, last=None, width=None, chunk=None, linear=No
 
     At L = 2048, and in proportion elsewhere: first 100 tokens, last about 512, and the released code's reserve 50
     (room kept for decoding), margin 100 and remainder 200. chunk: dynamic_split. width: stair_width for `last` decoded
-    tokens. linear: how many tokens at the end of the prompt are exact; overrides the boundary.
+    tokens. linear: how many tokens at the end of the prompt are exact; overrides the boundary. fit: the constants of a
+    model, open-llama, llama2 or vicuna, to be used with L = 2048 as in the release (see MESA).
     overlap, ours and not the paper's: middle chunks also see that many tokens before them, numbered between the first
     chunk and their own, so that what a boundary cuts in two is whole for the later chunk.
     Raises ValueError for n > L where first + overlap + chunk is over L, or overlap is over chunk.
     """
-    first = scaled("first", first, 100, L)
-    last = scaled("last", last, 512, L)
-    reserve = scaled("reserve", reserve, 50, L, least=0)
-    margin = scaled("margin", margin, 100, L, least=0)
-    remainder = scaled("remainder", remainder, 200, L, least=0)
+    fit = mesa_fit(fit, L)
+    first = whole("first", first, fit.first)
+    last = whole("last", last, fit.last)
+    width = fit.width if width is None else width
+    reserve = whole("reserve", reserve, fit.reserve, least=0)
+    margin = whole("margin", margin, fit.margin, least=0)
+    remainder = whole("remainder", remainder, fit.remainder, least=0)
     overlap = whole("overlap", overlap, least=0)
     chunk = whole("chunk", chunk, dynamic_split(n, L, first, last, reserve, margin, remainder, overlap))
     if n > L and (first + overlap + chunk > L or overlap > chunk):

@@ -8,6 +8,8 @@ transformers (5 or newer) is optional, and only imported here.
     model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=64)
     restore(model)
 
+Model, at the end, is such a model with the methods of a model.Llama, for the scripts.
+
 Letters: B batch, H query heads, Hkv key heads, Tq queries, Tk keys, D head width, n prompt length.
 """
 import importlib.util
@@ -15,17 +17,17 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from attention import alibi_bias, attend, fold
-from checkpoint import fields_of, position_fields, read_json
+from checkpoint import eos_tokens, fields_of, generation_eos, own_method, position_fields, read_json
 from config import Config
 from positions import Method
 from rotation import rotate_keys, rotate_queries
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, json_tokenizer
 
 NAME = "beyond"  # of our attention, among those that transformers knows
 
@@ -74,10 +76,6 @@ FAMILIES = {  # model_type in config.json: of the text model, where there are ot
     "nemotron":    Family(),
     "llama4_text": Family(interleaved=True, position_free=by_no_rope_layers),
     "gpt_oss":     Family(),
-}
-LOCAL = {  # kind of layer in config.layer_types: the method that it is, its setting, and the field with its value
-    "sliding_attention": ("sliding", "window", "sliding_window"),
-    "chunked_attention": ("chunked", "chunk", "attention_chunk_size"),
 }
 
 
@@ -194,19 +192,10 @@ def read_layers(config, family, rotary, train_len=None):
         is_free = bool(family.position_free and family.position_free(config, number))
         if (kind, is_free) not in different:
             positions = trained_positions(config, kind, family, rotary, train_len)
-            different[kind, is_free] = Layer(positions, own_method(config, kind, is_free))
+            own = own_method(kind, is_free, config.to_dict())
+            different[kind, is_free] = Layer(positions, Method.parse(own) if own else None)
         layers.append(different[kind, is_free])
     return layers
-
-
-def own_method(config, kind, is_free):
-    """The Method that a layer of this kind, without positions if is_free, was trained with; None: rotary and full."""
-    if kind == "full_attention":
-        return Method("nope") if is_free else None
-    if kind not in LOCAL:
-        raise ValueError(f"hf.py: layers of kind {kind} are not supported")
-    name, setting, source = LOCAL[kind]
-    return Method(name, "nope" if is_free else None, None, {setting: getattr(config, source)})
 
 
 def governed(layers):
@@ -251,6 +240,25 @@ def trained_frequencies(rotary, kind):
 # a forward pass
 
 @dataclass
+class Given:
+    """What Model.forward brings to a forward pass."""
+    plans: list        # a Plan for each layer
+    cache: object      # cache.KVCache, or None
+    impl: str
+
+    def attend(self, number, q, k, v, softcap, sinks):
+        """Extension.attend, for rows without padding; the keys and values are those of the tokens alone."""
+        plan = self.plans[number]
+        if softcap or sinks is not None:
+            if self.cache is not None:
+                k, v = self.cache.append(number, k, v)
+            return attend_scores(q, k, v, plan, softcap, sinks)
+        if self.cache is None:
+            return attend(q, k, v, plan, self.impl)
+        return self.cache.attend(number, q, k, v, plan, self.impl, row=None)
+
+
+@dataclass
 class Extension:
     """What extend adds to a model, and the state of the forward pass that it is in."""
     method: Method
@@ -260,6 +268,7 @@ class Extension:
     first: int = 0                    # index of the first query
     n: int = 0                        # length of the prompt
     plans: dict = field(default_factory=dict)  # of this pass: all layers of a kind share one
+    given: Given | None = None                 # by Model.forward: then nothing of the above is asked
 
     def begin(self, decoder, args, kwargs):
         """Before a pass: where it begins, and how long the prompt is, which is kept with the cache that holds it.
@@ -292,6 +301,8 @@ class Extension:
     def attend(self, number, q, k, v, padding, softcap, sinks):
         """Layer `number` for rows with so much padding at the left, q (B, H, Tq, D) and k, v (B, Hkv, Tk, D); their
         output, of the queries that are no padding."""
+        if self.given is not None:
+            return self.given.attend(number, q, k, v, softcap, sinks)
         layer = self.layers[number]
         # 1. The first key is at index `absent` of its row, as a local layer's cache has dropped those before. Padding
         #    goes, and what is left of a chunk that has lost its beginning: nobody looks at it any more.
@@ -405,7 +416,63 @@ def attend_scores(q, k, v, plan, softcap=None, sinks=None, block=256):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# for the scripts: a checkpoint folder, and decoding with our sampler
+# for the scripts: a checkpoint folder, and its model with the methods of a model.Llama
+
+class CountOnly:
+    """What transformers gets for its cache where we have our own: it counts the tokens before, and holds nothing."""
+    is_compileable = False
+    is_sliding = is_linear = is_dummy = ()  # of its layers, of which it has none
+
+    def __init__(self, length):
+        self.length = length
+
+    def get_seq_length(self, layer_idx=0):
+        return self.length
+
+    def get_query_offset(self, layer_idx=0):
+        return self.length
+
+    def get_mask_sizes(self, query_length, layer_idx=0):
+        return self.length + query_length, 0
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        return key_states, value_states
+
+
+class Model(torch.nn.Module):
+    """A transformers model as the scripts want one: `config`, `plan` and `forward` are those of model.Llama, so that
+    decoding, batches, chat, saved caches and the evaluations run on it as on ours, with our cache.KVCache."""
+
+    def __init__(self, theirs, config, train_len=None):
+        super().__init__()
+        self.theirs = extend(theirs, None, train_len)
+        self.extension = extension_of(decoder_of(theirs))
+        self.config = config
+        self.ranks = None                           # its keys are in this process alone, see parallel.py
+        self.ways = "as transformers does"
+
+    def plan(self, method=None, *, n, i=None, j=None, **settings):
+        """A list with a Plan for each layer; see model.Llama.plan."""
+        asked = Method.of(method, **settings)
+        plans = {}
+        for layer in self.extension.layers:
+            if id(layer) not in plans:
+                plans[id(layer)] = (layer.own or asked).plan(layer.config, n, i, j)
+        return [plans[id(layer)] for layer in self.extension.layers]
+
+    @property
+    def layers(self):
+        return decoder_of(self.theirs).layers
+
+    def forward(self, tokens, plan, cache=None, last_only=False, impl="auto"):
+        """Logits (B, Tq, vocab_size), or (B, 1, vocab_size) with last_only, for tokens (B, Tq); see model.Llama."""
+        before = CountOnly(plan[0].Tk - tokens.shape[1])
+        self.extension.given = Given(plan, cache, impl)
+        try:
+            return self.theirs(tokens, logits_to_keep=int(last_only), **cache_argument(self.theirs, before)).logits
+        finally:
+            self.extension.given = None
+
 
 def takes(path):
     """Whether a checkpoint folder is of a family that this file can run and model.py cannot."""
@@ -423,6 +490,40 @@ def takes(path):
     return False
 
 
+def from_folder(path, load, **settings):
+    """load(path, ...) of one of transformers' Auto classes, "AutoConfig.from_pretrained": nothing is downloaded, and
+    no code of a folder is run. ValueError, in one line, where transformers is missing or fails."""
+    if importlib.util.find_spec("transformers") is None:
+        kind = read_json(Path(path) / "config.json").get("model_type")
+        raise ValueError(f"{path}: for this {kind} transformers is needed: pip install 'transformers>=5'")
+    name, method = load.split(".")
+    try:
+        return getattr(getattr(attention_interface(), name), method)(path, local_files_only=True, **settings)
+    except (OSError, RuntimeError, ImportError, ValueError, KeyError, TypeError) as error:
+        lines = str(error).strip().splitlines()
+        raise ValueError(f"{path}: {name} of transformers: {lines[0] if lines else type(error).__name__}") from None
+
+
+def open_folder(path, train_len=None):
+    """(Config, Tokenizer) of a folder, for Model. The Config has the positions of the layers that a method governs."""
+    theirs = from_folder(path, "AutoConfig.from_pretrained")
+    with torch.device("meta"):
+        decoder = decoder_of(attention_interface().AutoModelForCausalLM.from_config(theirs))
+    rotary = type(decoder.rotary_emb)(decoder.config)  # not on the meta device: its frequencies are numbers
+    layers = read_layers(decoder.config, FAMILIES[decoder.config.model_type], rotary, train_len)
+    own = tuple(str(layer.own) if layer.own else "" for layer in layers)
+    tokenizer = open_tokenizer(path)
+    fields = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos_tokens(theirs.get_text_config().eos_token_id),
+              "dtype": stored_type(path), "layer_methods": own if any(own) else ()}
+    fields |= generation_eos(path, decoder.config.vocab_size)
+    return replace(governed(layers).config, **fields), tokenizer
+
+
+def positions_of(model):
+    """The Config of the layers that an extended model's method governs: its training length, its frequencies."""
+    return governed(extension_of(decoder_of(model)).layers).config
+
+
 def stored_type(path):
     """The name of the type that a folder's weights are stored in, as its config.json says."""
     raw = read_json(Path(path) / "config.json")
@@ -430,47 +531,22 @@ def stored_type(path):
     return str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
 
 
-def load(path, dtype=None, device="cpu"):
-    """(transformers model, Tokenizer) of a folder, not extended yet; nothing is downloaded, no code of it is run."""
-    if importlib.util.find_spec("transformers") is None:
-        kind = read_json(Path(path) / "config.json").get("model_type")
-        raise ValueError(f"{path}: for {kind} models transformers is needed: pip install 'transformers>=5'")
-    transformers = attention_interface()
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True)
-    core = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+def open_tokenizer(path):
+    """The Tokenizer of a folder; transformers says whether a text begins with a BOS."""
+    core = from_folder(path, "AutoTokenizer.from_pretrained")
+    has_bos = core.bos_token_id is not None and core.encode("a")[:1] == [core.bos_token_id]
+    bos_id = core.bos_token_id if has_bos else None
+    if (Path(path) / "tokenizer.json").is_file():
+        tokenizer = json_tokenizer(Path(path) / "tokenizer.json", bos_id)
+        tokenizer.bos_id = bos_id
+        return tokenizer
 
     def encode(text):
         return core.encode(text, add_special_tokens=False)
-    has_bos = core.bos_token_id is not None and core.encode("a")[0] == core.bos_token_id
-    return model.to(device).eval(), Tokenizer(encode, core.decode, core.bos_token_id if has_bos else None)
+    return Tokenizer(encode, core.decode, bos_id)
 
 
-def positions_of(model):
-    """The Config that an extended model's method works with: its training length and trained frequencies."""
-    return governed(decoder_of(model).beyond.layers).config
-
-
-@torch.inference_mode()
-def continue_ids(model, ids, choose, max_new_tokens, chunk=8192, progress=None):
-    """Yield up to max_new_tokens token ids that continue the list ids; the eos id that ends a text is the last one.
-
-    choose(logits (1, vocab_size)) -> token (1,). The prompt is read in pieces of chunk tokens, after each of which
-    progress(done, n) is called. The model is an extended one.
-    """
-    from transformers import DynamicCache
-    cache = DynamicCache(config=model.config)
-    announce(cache, len(ids))
-    eos = model.generation_config.eos_token_id
-    eos = eos if isinstance(eos, list) else [eos]
-    tokens = torch.tensor([ids], device=model.device)
-    cached = {"use_cache": True, **cache_argument(model, cache)}
-    for begin in range(0, len(ids), chunk):
-        logits = model(tokens[:, begin:begin + chunk], logits_to_keep=1, **cached).logits
-        if progress:
-            progress(min(begin + chunk, len(ids)), len(ids))
-    for step in range(max_new_tokens):
-        token = choose(logits[:, -1])
-        yield int(token)
-        if int(token) in eos or step + 1 == max_new_tokens:
-            return
-        logits = model(token[:, None].to(model.device), **cached).logits
+def load_model(path, config, dtype=None, device="cpu", train_len=None):
+    """The Model of a folder; config and train_len as in open_folder, dtype None: as stored."""
+    theirs = from_folder(path, "AutoModelForCausalLM.from_pretrained", dtype=dtype or "auto")
+    return Model(theirs.to(device).eval().requires_grad_(False), config, train_len)

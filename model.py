@@ -1,4 +1,5 @@
-"""A LLaMA from scratch: the network, and how to load it from a checkpoint folder.
+"""A LLaMA from scratch, with what its nearest relatives have beside (checkpoint.FAMILIES): the network, and how to load
+it from a checkpoint folder.
 
 Does not: read files itself (checkpoint.py, tokenizer.py), choose positions (positions.py), hold keys and
 values (cache.py), or sample (generate.py).
@@ -17,6 +18,7 @@ from attention import attend
 from checkpoint import find_checkpoint
 from config import Config
 from frequencies import pick
+from positions import Method
 from quantized import load_weights
 from single_row import ATTENTIONS, PRODUCTS, Ways, fastest_ways
 from tokenizer import load_tokenizer
@@ -69,15 +71,18 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = c.head_dim
         self.layer = layer
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.attention_bias)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
+        bias = c.attention_bias or c.qkv_bias
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, plan, cache, impl):
         """The last Tq tokens of x (B, T, hidden_size), as many as the plan has queries, look at all there are."""
-        q = self.heads(self.q_proj(x[:, -plan.Tq:]))    # (B, H, Tq, D)
-        k = self.heads(self.k_proj(x))                  # (B, Hkv, T, D)
+        q = self.q_norm(self.heads(self.q_proj(x[:, -plan.Tq:])))    # (B, H, Tq, D)
+        k = self.k_norm(self.heads(self.k_proj(x)))                  # (B, Hkv, T, D)
         v = self.heads(self.v_proj(x))
         if cache is None:
             out = attend(q, k, v, plan, impl, row=self.row)                     # (B, H, Tq, D)
@@ -152,10 +157,21 @@ class Llama(nn.Module):
         self.config = config
         self.ways = Ways()                              # how a single row is computed, see use_ways
         self.ranks = None                               # the processes that its keys are spread over, see parallel.py
-        self.plan = config.plan                         # plan = model.plan("mesa", n=len(ids))
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def layers(self):
+        return self.model.layers
+
+    def plan(self, method=None, *, n, i=None, j=None, **settings):
+        """The Plan of a method, see Config.plan; where some layers are local or without positions, a list with a Plan
+        for each layer, these layers' own as they were trained. Layers that attend alike share one."""
+        if not self.config.layer_methods:
+            return self.config.plan(method, n=n, i=i, j=j, **settings)
+        plans = self.config.plans(Method.of(method, **settings), n, i, j)
+        return [plans[own] for own in self.config.layer_methods]
 
     def forward(self, tokens, plan, cache=None, last_only=False, impl="auto"):
         """Logits (B, Tq, vocab_size), or (B, 1, vocab_size) of the last token with last_only, for tokens (B, Tq) int64.

@@ -1,7 +1,8 @@
 """A page to play with the methods: one HTML file that draws plans made beforehand, over a grid of lengths and settings.
 
-Does: choose the grid, make every plan of it, pack their vectors into JSON. Does not: draw (page_template.html, in plain
-JavaScript), or measure how far a method reaches (show.py, which hands that over).
+Does: choose the grid, make every plan of it, pack their vectors into JSON; trace the shipped model on a passkey with a
+few methods. Does not: draw matrices (page_template.html, in plain JavaScript), or measure how far a method reaches
+(show.py, which hands that over).
 
     python show.py --page methods.html
 
@@ -9,8 +10,11 @@ The window is tiny, so that single tokens are seen. A plan covers the longest pr
 of a shorter prompt is the same row, and most methods have one plan for all lengths. Everything that plans share is
 written once and then named by its number.
 """
+import base64
 import json
 import math
+import struct
+import zlib
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -20,7 +24,9 @@ import torch
 from config import Config
 from frequencies import FREQUENCIES, SCALES, rope
 from geometry import METHODS
+from model import load
 from positions import Method, parameters
+from tracing import answer_rank, binned, passkey_case, trace
 
 L = 32                                   # training length
 LENGTHS = range(L // 2, 8 * L + 1, L // 2)
@@ -28,6 +34,10 @@ NEW = L // 2                             # tokens decoded after the prompt
 FARTHEST = 64 * L                        # where the search for a method's reach ends
 MOST = 128                               # combinations of settings of one method
 LONGEST_BLOCK = 32                       # steps that repeat, see pack
+TRACED = "rope", "rerope", "streaming-llm", "mesa"  # methods with which the shipped model is traced,
+WINDOWS = 1, 2, 4, 8                     # on passkey prompts of so many windows
+BINS = 128                               # stretches into which their tokens are summed
+DARK = (236, 231, 245), (154, 134, 201), (75, 46, 131), (21, 10, 46)  # colours of attention, from none to all
 TEMPLATE = Path(__file__).parent / "page_template.html"
 
 # the slowest of 32 pairs turns 14 degrees in a window, as in LLaMA with its 2,048 tokens
@@ -42,9 +52,9 @@ VALUES = {  # where a parameter's slider stops, beside its default
     "on": ("pi", "yarn"), "rope_theta": (1e3, 1e4), "s": (0.2, 0.4),
 }
 START = {"width": 16}                    # where it stands at first, if not at its default
-NO_SLIDER = ("mesa:linear", "lampe:logit_factor", "last", "reserve", "margin", "remainder", "power", "fit", "mscale",
-             "mscale_all_dim", "attention_factor", "truncate", "original_max_position_embeddings", "short_factor",
-             "long_factor")
+NO_SLIDER = ("mesa:linear", "lampe:logit_factor", "last", "reserve", "margin", "remainder", "power", "fit", "sigmoid",
+             "mscale", "mscale_all_dim", "attention_factor", "truncate", "original_max_position_embeddings",
+             "short_factor", "long_factor")
 NEEDED = {                               # parameters without a default that would do
     "short_factor": [1.0] * 32,
     "long_factor": [8 ** (pair / 31) for pair in range(32)],
@@ -81,13 +91,14 @@ def page_data(slowdown, reach, sentence):
     vectors: texts, see pack. speeds: of the slowest pair that turns, of the same pair in training, of the fastest
     (radians per token), slowdown, mscale. plans: a list of regions [q_pos, k_pos, start, end], the attention scale in
     thousandths, the speeds, all by number; or the sentence that refuses it. A method's plans: for every combination of
-    its sliders, the last one running fastest, one number, or one for each length.
+    its sliders, the last one running fastest, one number, or one for each length. traces: of some methods, one for each
+    of WINDOWS, see trace_data.
     """
     tables = Tables()
     methods = {name: method_data(name, tables, slowdown, reach, sentence) for name in METHODS}
     return {"train_len": L, "lengths": list(LENGTHS), "new": NEW, "farthest": FARTHEST, "methods": methods,
             "vectors": [pack(vector) for vector in tables.vectors], "speeds": list(tables.speeds),
-            "plans": list(tables.plans)}
+            "plans": list(tables.plans), "traces": traces_data()}
 
 
 def method_data(name, tables, slowdown, reach, sentence):
@@ -242,3 +253,69 @@ def repeated(steps, at):
             best = count, block
             most_saved = saved
     return best
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the shipped model looks at
+
+def traces_data():
+    """{method: [trace_data for each of WINDOWS]} of the shipped model."""
+    model, tokenizer = load("tiny")
+    cases = [passkey_case(tokenizer, windows * model.config.train_len) for windows in WINDOWS]
+    traces = {}
+    for name in TRACED:
+        of_name = [trace(model, case, Method(name)) for case in cases]
+        traces[name] = [trace_data(traced, windows, tokenizer) for traced, windows in zip(of_name, WINDOWS)]
+    return traces
+
+
+def trace_data(traced, windows, tokenizer):
+    """A Trace for the page: pictures of the best head and the mean of the heads of every layer, over the prompt; where
+    the needle is, as CSS; what to say of it."""
+    n = traced.case.n
+    first, last = traced.case.span
+    seen = binned(traced.visible[:n], BINS) > 0
+    needle = {"left": f"{first / n:.2%}", "width": f"{(last + 1 - first) / n:.2%}"}
+    return {"windows": windows, "needle": needle, "text": trace_sentence(traced, windows, tokenizer),
+            "best": strips_png(binned(traced.best()[:, :n], BINS), seen),
+            "mean": strips_png(binned(traced.mean()[:, :n], BINS), seen)}
+
+
+def strips_png(shares, seen):
+    """Shares of attention (layers, BINS) as a PNG in a data URI, a pixel each: the root of a share is its place in a
+    palette of 255 colours along DARK; the last one is white, for stretches of which no key is seen, seen (BINS,)."""
+    levels = (shares.clamp(0, 1).sqrt() * 254).round().long()
+    levels[:, ~seen] = 255
+    ramp = torch.tensor(DARK, dtype=torch.float32).T[None]                              # (1, 3, 4)
+    colours = torch.nn.functional.interpolate(ramp, 255, mode="linear", align_corners=True)[0].T.round().long()
+    palette = bytes(colours.flatten().tolist()) + b"\xff\xff\xff"
+    rows = b"".join(b"\0" + bytes(row) for row in levels.tolist())                      # each without a filter
+    size = struct.pack(">IIBBBBB", levels.shape[1], levels.shape[0], 8, 3, 0, 0, 0)     # 8 bits, palette
+    chunks = (b"IHDR", size), (b"PLTE", palette), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b"")
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(name, body) for name, body in chunks)
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def png_chunk(name, body):
+    """A chunk of a PNG file: its length, name and body, and a checksum."""
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def trace_sentence(traced, windows, tokenizer):
+    """What a Trace of a passkey says: the head that attends most to the needle, and the logit of the right digit."""
+    case = traced.case
+    first, last = case.span
+    on_needle = traced.best()[:, first:last + 1].sum(-1)
+    layer = int(on_needle.argmax())
+    most = first + int(traced.best()[layer, first:last + 1].argmax())
+    look = (f"Head {traced.heads()[layer] + 1} of layer {layer + 1} gives the needle {on_needle[layer]:.0%} of its "
+            f"attention, most to a \u201c{tokenizer.decode([case.ids[most]])}\u201d.")
+    if not bool(traced.visible[first:last + 1].any()):
+        look = "The needle is not seen."
+    p = traced.logits.softmax(-1)
+    likeliest = int(p.argmax())
+    verdict = f"rank {answer_rank(traced)}"
+    if likeliest != case.right:
+        verdict += f"; the likeliest is {tokenizer.decode([likeliest])} with {p[likeliest]:.2f}"
+    return (f"{case.n} tokens, {windows} \u00d7 its window. {look} The right digit, {tokenizer.decode([case.right])}, "
+            f"has logit {traced.logits[case.right]:.1f}, probability {p[case.right]:.2f}, {verdict}.")

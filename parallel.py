@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from attention import attend_part, merge, merge_parts
-from cache import KVCache, with_room
+from cache import KVCache, held_bytes, unpack, with_room
 from plan import Plan, is_seen
 from tiles import NEVER
 
@@ -77,6 +77,11 @@ def shares(begin, end, count, edges):
     return list(zip(cuts, cuts[1:]))
 
 
+def leading(plans):
+    """Of the plans of Config.plans the one by which a prompt is shared out: that of the method asked for."""
+    return plans.get("") or next(iter(plans.values()))
+
+
 @dataclass
 class Wave:
     """What all ranks read at once: (lo, hi) for each; before it all but its holder also read the tokens 0..copied-1."""
@@ -88,7 +93,7 @@ def waves(plan, begin, end, N, piece):
     """The Waves in which N ranks read the tokens begin..end-1, about `piece` each at most; the plan's first query is
     token begin."""
     found = []
-    for lo, hi in sections(plan, begin, end):
+    for lo, hi in sections(plan, begin, end) if end > begin else []:
         copied = sinks(plan, hi - 1 - begin) if lo == 0 else 0
         edges = begin + borders(plan, slice(lo - begin, hi - begin), copied)
         count = N * math.ceil((hi - lo) / (N * piece))
@@ -143,6 +148,12 @@ class Errand:
     keys: torch.Tensor   # which of the other's keys are seen, places in its cache, rising
     plan: Plan           # for these queries and these keys
     by_keys: bool        # the keys are fetched, rather than the queries sent
+
+    def bytes(self, sizes):
+        """What travels, there and back."""
+        if self.by_keys:
+            return key_bytes(sizes, len(self.keys))
+        return sum(query_bytes(sizes, self.rows.stop - self.rows.start))
 
 
 def errand(plan, here, least, sizes):
@@ -221,12 +232,13 @@ def errands(plan, holdings, wave, sizes):
                 yield asker, owner, found
 
 
-def traffic(plan, n, N, sizes, piece=8192):
+def traffic(plan, n, N, sizes, piece=8192, leader=None):
     """What N ranks send in a layer while they read a prompt of n tokens by its plan, all ranks together: a Counter of
-    bytes {"keys", "queries", "parts", "merge"}, and its keys by rank, [tokens]."""
+    bytes {"keys", "queries", "parts", "merge"}, and its keys by rank, [tokens]. leader: the plan by which the prompt
+    is shared out, where it is another layer's."""
     holdings = Holdings.none(N)
     sent = Counter()
-    for wave in waves(plan, 0, n - 1, N, piece):
+    for wave in waves(leader or plan, 0, n - 1, N, piece):
         for _, _, found in errands(plan, holdings, wave, sizes):
             if found.by_keys:
                 sent["keys"] += key_bytes(sizes, len(found.keys))
@@ -275,7 +287,8 @@ def make_share(holdings, plan, begin, wave, ranks, sizes):
 
 
 class SpreadCache:
-    """The cache of one rank among several, in the place of a cache.KVCache: its keys and values alone."""
+    """The cache of one rank among several, in the place of a cache.KVCache: its keys and values alone. It forgets
+    nothing but by cut, also what no later query sees."""
 
     def __init__(self, config, ranks, size=64):
         self.ranks = ranks
@@ -288,6 +301,14 @@ class SpreadCache:
 
     def __len__(self):
         return self.length
+
+    def is_full(self):
+        """As KVCache.is_full asks whether to forget: never."""
+        return False
+
+    def indices(self, new=0):
+        """The indices of all tokens on all ranks, and of `new` ones after them: the keys j of a plan."""
+        return torch.arange(self.length + new)
 
     def cut(self, length):
         """Forget all but the first `length` tokens of the whole."""
@@ -324,11 +345,11 @@ class SpreadCache:
         mine = plan.shared("of these keys", lambda: plan.of_keys(own)) if len(own) else None
         if mine is None:
             return nothing(q)
-        rotated = None
-        if k.shape[2] == 1 and not q.is_cuda:
-            rotated = self.held.rotated(layer, mine)
         keys, values = self.held.k[layer][:, :, :len(own)], self.held.v[layer][:, :, :len(own)]
-        return attend_part(q, keys, values, mine, impl, rotated, row)
+        rotated = None
+        if k.shape[2] == 1 and keys.dtype == k.dtype and not q.is_cuda:
+            rotated = self.held.rotated(layer, mine)
+        return attend_part(q, unpack(keys, k.dtype), unpack(values, k.dtype), mine, impl, rotated, row)
 
     # ---- every rank reads its own tokens
 
@@ -445,16 +466,19 @@ def prefill(model, tokens, method, cache, room=64, piece=8192, impl="auto", prog
     cache.cut(begin)
     cache.held.size = max(cache.held.size, 64 + (n + min(room, 1024)) // ranks.size)
     sizes = sizes_of(model.config, next(model.parameters()).dtype, len(tokens))
-    plan = method.plan(model.config, n, torch.arange(begin, n), torch.arange(n))
-    for wave in waves(plan, begin, n - 1, ranks.size, piece) if begin < n - 1 else []:
+    plans = model.config.plans(method, n, torch.arange(begin, n), torch.arange(n))
+    layers = model.config.layer_methods or [""] * model.config.num_hidden_layers
+    for wave in waves(leading(plans), begin, n - 1, ranks.size, piece):
         cache.holdings.add(wave)
-        share = make_share(cache.holdings, plan, begin, wave, ranks, sizes)
-        model(tokens[:, share.i].to(device), share, cache, last_only=True, impl=impl)
+        # layers with a method of their own read the same tokens, and see other keys of them
+        shares = {own: make_share(cache.holdings, plan, begin, wave, ranks, sizes) for own, plan in plans.items()}
+        here = cache.holdings.tokens(wave, ranks.rank)
+        model(tokens[:, here].to(device), [shares[own] for own in layers], cache, last_only=True, impl=impl)
         cache.length = wave.ranges[-1][1]
         if progress:
             progress(cache.length, n)
     cache.drop_copies()
-    last = method.plan(model.config, n, torch.tensor([n - 1]), torch.arange(n))
+    last = model.plan(method, n=n, i=torch.tensor([n - 1]), j=torch.arange(n))
     logits = model(tokens[:, n - 1:].to(device), last, cache, impl=impl)
     if progress:
         progress(n, n)
@@ -467,11 +491,16 @@ def prefill(model, tokens, method, cache, room=64, piece=8192, impl="auto", prog
 def explain_ranks(config, method, n, new, N, dtype, piece=8192):
     """What N ranks send and hold for a prompt of n tokens and `new` ones after it, as text; piece as in prefill."""
     sizes = sizes_of(config, dtype)
-    sent, tokens = traffic(method.plan(config, n), n, N, sizes, piece)
-    together = sent.pop("merge")
-    ways = ", ".join(f"{kilobytes(count)} of {what}" for what, count in sent.items()) or "nothing"
-    cache = [key_bytes(sizes, count) * config.num_hidden_layers for count in tokens]
-    return (f"{N} ranks: the prompt takes {kilobytes(sum(sent.values()))} a layer ({ways}), all ranks together; its "
+    plans = config.plans(method, n)
+    parts = []
+    for own, plan in plans.items():
+        sent, tokens = traffic(plan, n, N, sizes, piece, leading(plans))
+        together = sent.pop("merge")
+        ways = ", ".join(f"{kilobytes(count)} of {what}" for what, count in sent.items()) or "nothing"
+        where = f"a layer of {own}" if own else "a layer"
+        parts.append(f"{kilobytes(sum(sent.values()))} {where} ({ways})")
+    cache = [2 * count * held_bytes(config, dtype) for count in tokens]
+    return (f"{N} ranks: the prompt takes {', '.join(parts)}, all ranks together; its "
             f"last token, and each new one, {kilobytes(together)} a layer\n"
             f"cache of the prompt by rank: {', '.join(f'{count / 2**20:.2f}' for count in cache)} MiB, of "
             f"{sum(cache) / 2**20:.2f} MiB; the {new} new tokens go where there is room")

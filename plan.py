@@ -148,6 +148,22 @@ def check_regions(method, regions, i, Tk):
     refuse((starts[0] == Tk), i, "sees no key at all")
 
 
+def among(method, regions, i, j):
+    """Regions of queries i whose intervals count the keys j (Tk,), rising indices of which some may be left out.
+
+    Keys 0 1 7 8 9: the interval [7, 10) becomes [2, 5). ValueError where a query sees a key that is left out.
+    """
+    found = []
+    for r in regions:
+        start = torch.searchsorted(j, r.start)
+        end = torch.searchsorted(j, r.end)
+        incomplete = (r.end > r.start) & (end - start < r.end - r.start)
+        if bool(incomplete.any()):
+            raise ValueError(f"{method}: query {int(i[incomplete][0])} sees a key that the cache has forgotten")
+        found.append(Region(r.q_pos, r.k_pos, start, end))
+    return found
+
+
 def largest_within(values, start, end):
     """max(values[start:end]) (Tq,) of every interval, none of them empty, whose bounds never fall."""
     if len(start) == 1:  # decoding

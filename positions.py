@@ -20,7 +20,7 @@ import torch
 
 from frequencies import FREQUENCIES, SCALES, UNROTATED, alibi_slopes, did_you_mean, pick, positive, whole
 from geometry import METHODS, cosscale
-from plan import Plan, check_regions, visible_keys
+from plan import Plan, among, check_regions, visible_keys
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -28,7 +28,9 @@ from plan import Plan, check_regions, visible_keys
 
 def make_plan(method, i, j, *, n, L, D, H, base=1e4, freq=None, attn_scale=None, cosine=None, rotary_dim=None,
               interleaved=False, **params):
-    """The Plan of a method for the queries i (Tq,) and the keys j = 0..Tk-1, both int64, of a prompt of n tokens.
+    """The Plan of a method for the queries i (Tq,) and the keys j (Tk,), both int64, of a prompt of n tokens.
+
+    j is 0..Tk-1, or without those that a cache has forgotten; i are some of j.
 
     method: a name in METHODS, a text as Method.parse takes it, or a Method. L training length, D head width, H query
     heads, base of the rotary frequencies. freq, a name in FREQUENCIES, says what a method without frequencies of its
@@ -50,7 +52,11 @@ def make_plan(method, i, j, *, n, L, D, H, base=1e4, freq=None, attn_scale=None,
 
     # 1. geometry: regions
     regions = geometry(i, j, n, L, **asked.params_of(geometry))
-    check_regions(asked.name, regions, i, len(j))
+    places = i  # of the queries among the keys
+    if int(j[-1]) >= len(j):
+        regions = among(asked.name, regions, i, j)
+        places = torch.searchsorted(j, i)
+    check_regions(asked.name, regions, places, len(j))
 
     # 2. frequencies
     inv_freq, mscale = rule(rotary_dim, base, n, L, **asked.params_of(rule))
@@ -126,6 +132,45 @@ class Method:
             plan.slopes = plan.slopes[config.first_head:config.first_head + heads]
         return plan
 
+    def later_keys(self, config, n, now):
+        """The keys before index `now` that some query from there on sees: disjoint, rising intervals [(start, stop)].
+
+        Only these does a cache have to keep. They are what the geometry says of all later queries of the prompt of n
+        tokens, and of queries 1, 2, 4, ... 2^30 tokens on after it. As no bound of a region ever falls, the first query
+        that sees something says where a region starts, and the last one where it ends.
+        streaming-llm:sinks=2:recent=4, now 9: [(0, 2), (5, 9)].
+        """
+        geometry, _, _ = pick(METHODS, "method", self.name or config.freq)
+        params = self.params_of(geometry)
+        kept = []
+        for i in later_queries(n, now):
+            for r in geometry(i, torch.arange(1), n, config.train_len, **params):
+                visible = r.end > r.start
+                if bool(visible.any()):
+                    kept.append((int(r.start[visible][0]), min(int(r.end[visible][-1]), now)))
+            kept = merged(kept)
+            if kept == [(0, now)]:
+                break
+        return kept
+
+
+def later_queries(n, now, block=2 ** 16):
+    """Yield the indices of queries from `now` on, so many at once: some beyond the prompt of n tokens, all in it."""
+    yield max(n, now) - 1 + 2 ** torch.arange(31)
+    for begin in range(now, n, block):
+        yield torch.arange(begin, min(begin + block, n))
+
+
+def merged(intervals):
+    """The union of intervals (start, stop) as disjoint ones, rising; empty ones are left out."""
+    found = []
+    for start, stop in sorted(intervals):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        elif start < stop:
+            found.append((start, stop))
+    return found
+
 
 def parse_settings(texts):
     """["first=16,last=8", "clamp=false"] -> {"first": 16, "last": 8, "clamp": False}; dashes become underscores.
@@ -176,9 +221,13 @@ def check_input(i, j, *, base, rotary_dim, **sizes):
         raise ValueError(f"rotary_dim must be even and at most the head width {sizes['D']}, not {rotary_dim}")
     if positive("base", base) <= 1:
         raise ValueError(f"base must be above 1, not {base}")
-    rising = len(i) and int(i[0]) >= 0 and int(i[-1]) < len(j) and bool((i.diff() > 0).all())
-    if not rising or not torch.equal(j, torch.arange(len(j))):
-        raise ValueError("the keys j must be 0..Tk-1, and the queries i some of them in rising order")
+    if not is_rising(i) or not is_rising(j) or not torch.equal(j[torch.searchsorted(j, i).clamp(max=len(j) - 1)], i):
+        raise ValueError("the keys j must be indices in rising order, and the queries i some of them")
+
+
+def is_rising(x):
+    """Whether x is a vector of indices, at least one, each larger than the one before it."""
+    return len(x) > 0 and int(x[0]) >= 0 and bool((x.diff() > 0).all())
 
 
 def check_parameters(method, *functions):

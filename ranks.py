@@ -40,6 +40,7 @@ class Ranks:
     """One process among size; what it sends is counted in sent, {what: bytes}."""
     rank: int = 0
     size: int = 1
+    local: int = 1                      # how many of them are on this machine
     name: str = ""                      # of the script, in front of the line that says why all end
     timeout: float = TIMEOUT
     store: object = None                # torch.distributed's, for what is not a tensor
@@ -115,6 +116,10 @@ class Ranks:
         self.life.progress += 1
         return found
 
+    def least(self, count):
+        """The smallest of a number of every rank's."""
+        return count if self.size == 1 else min(self.everyone(count))
+
     def barrier(self):
         if self.size > 1:
             dist.barrier()
@@ -127,13 +132,18 @@ class Ranks:
         self.life.progress += 1
         self.life.state = "computing"
 
+    def models(self, T):
+        """How many whole models these processes have, each cut in T. ValueError where T does not divide size."""
+        if self.size % T:
+            raise ValueError(f"--tensor-parallel {T}: torchrun must start a multiple of {T} processes, not {self.size}")
+        return self.size // T
+
     def split(self, T):
         """(keys, matrices): this process among those that have the same part of a model cut in T, and among those T.
 
         Of 6 ranks with T = 2, rank 3 is rank 1 of 1 3 5 and rank 1 of 2 3. ValueError where T does not divide size.
         """
-        if self.size % T:
-            raise ValueError(f"--tensor-parallel {T}: torchrun must start a multiple of {T} processes, not {self.size}")
+        self.models(T)
         same_part = [list(range(part, self.size, T)) for part in range(T)]
         same_model = [list(range(first, first + T)) for first in range(0, self.size, T)]
         return self.part(same_part), self.part(same_model)
@@ -217,10 +227,11 @@ def join(name):
     has_nccl = torch.cuda.is_available() and torch.cuda.device_count() > local
     if has_nccl:
         torch.cuda.set_device(local)
-    has_nccl = has_nccl and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    has_nccl = has_nccl and torch.cuda.device_count() >= here
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", store=store, rank=rank, world_size=size,
                             timeout=FOREVER)
-    ranks = Ranks(rank, size, name, store=new_client(), has_nccl=has_nccl, stderr=sys.stderr)
+    ranks = Ranks(rank, size, here, name, store=new_client(), has_nccl=has_nccl, stderr=sys.stderr)
     if rank:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     start_watch(ranks, new_client())

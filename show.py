@@ -1,12 +1,14 @@
-"""What a method does, in text and in pictures: distances, costs, how far it reaches; and every plot of the project.
+"""What a method does, in text and in pictures: distances, costs, how far it reaches, what a model looks at with it;
+and every plot of the project.
 
-Does: draw distance matrices, count pairs and memory, find the longest prompt that stays within the training length,
-warn of longer ones, plot the results of the evaluations. Does not: run a model.
+Does: draw distance matrices, count pairs, find the longest prompt that stays within the training length,
+warn of longer ones, plot the results of the evaluations. Does not: run a model, but for --trace, by tracing.py.
 
     python show.py mesa                                            # a small example as text, and what it costs
     python show.py mesa:first=2:chunk=4:width=2 --length 12 --train-len 6
     python show.py all --plot methods.png                          # every method in one picture
     python show.py --page methods.html                             # a page on which every method can be played with
+    python show.py mesa --trace "The sky is"                       # what the last token attends to, layer by layer
 """
 import math
 from dataclasses import replace
@@ -14,15 +16,17 @@ from pathlib import Path
 
 import torch
 
-from cli import accuracy, plain_parser, run_command, say, select, type_name
+import hf
+from cli import (accuracy, method_list, open_checkpoint, place, plain_parser, read_text, run_command, say, select)
 from frequencies import FREQUENCIES, SCALES, UNROTATED, pick, rope, whole
 from geometry import METHODS, cosscale, full
-from model import Llama
+from model import DTYPES, load_model
 from page import write_page
 from plan import distance, farthest, visible_keys
+from plots import HIGHLIGHTED, draw_curves, draw_traces, highlighted
 from positions import Method, make_plan, parameters, parse_settings
-from quantized import bits_asked, quantize_layers
-from rotation import is_unrotated
+from quantized import BITS
+from tracing import passkey_case, text_case, trace, trace_text
 
 LONGEST = 2 ** 20  # tokens at which the search for a method's reach ends
 PRINTABLE = 4096   # tokens of the longest example that is printed as text
@@ -117,8 +121,10 @@ def scale_text(freq, scale):
 # how far a method reaches
 
 def last_query_plan(config, method, n, total):
-    """The plan of the last of `total` tokens, the first n of which are the prompt."""
-    return method.plan(config, n, torch.tensor([total - 1]), torch.arange(total))
+    """The plan of the last of `total` tokens, the first n of which are the prompt, with the keys that it may see."""
+    last = torch.tensor([total - 1])
+    earlier = [torch.arange(start, stop) for start, stop in config.later_keys(method, n, total - 1)]
+    return method.plan(config, n, last, torch.cat([*earlier, last]))
 
 
 def slowdown(plan, base=1e4):
@@ -200,6 +206,9 @@ def warnings(config, method, n, new=0):
         plan = last_query_plan(config, Method.of(method, **settings), n, total)
         return within(plan, config.train_len, config.rope_theta)
 
+    if not config.is_governed:
+        nothing = f"no layer of this model sees all keys by their positions, so {method} changes nothing"
+        return [nothing] if method.name else []
     sentences = untrained(config, method)
     if not fits({}):
         name = method.name or config.freq
@@ -248,23 +257,31 @@ def method_note(config, method):
     return note
 
 
-def explain(config, method, n, new=0, dtype=torch.float32, quantize=None):
-    """What a method does with a prompt of n tokens, as text: pairs, reach, a small picture; and the memory of weights
-    and cache in a torch dtype, with `new` tokens after the prompt; quantize as in model.load."""
+def explain(config, method, n):
+    """What a method does with a prompt of n tokens, as text: pairs, reach, a small picture."""
     L = config.train_len
     plan = method.plan(config, n)
     asked = str(method) if method.name else f"{config.freq}{method}"
     lines = [f"{asked}: prompt of {n} tokens, training length {L} ({n / L:.3g} times)", *describe(plan, n)]
+    lines += layer_lines(config)
     if plan.q_scale is not None:
         lines.append(f"attention scale: {float(plan.q_scale.min()):.3f} to {float(plan.q_scale.max()):.3f}")
     if plan.mscale != 1:
         lines.append(f"logits times {plan.mscale ** 2:.3f}")
     lines.append(reach_text(config, method))
-    lines.append(memory_text(config, method, n, new, dtype, quantize))
     which = f"{SAMPLES} of the {n} tokens, evenly spread" if n > SAMPLES else "all tokens"
     lines.append(f"{which}: how far from each are those before it")
     lines.append(small_picture(config, method, n))
     return "\n".join(lines)
+
+
+def layer_lines(config):
+    """A line that counts the layers by what they attend by, where it is not one for all."""
+    if not config.layer_methods:
+        return []
+    counts = {own: config.layer_methods.count(own) for own in config.layer_methods}
+    parts = [f"{count} by {own or 'the method'}" for own, count in counts.items()]
+    return [f"layers: {', '.join(parts)}"]
 
 
 def reach_text(config, method):
@@ -272,41 +289,6 @@ def reach_text(config, method):
     tokens = reach(config, method)
     limit = f"{tokens} tokens" if tokens < LONGEST else "no limit below 2^20 tokens"
     return f"reach of a prompt with {settings}: {limit}"
-
-
-def memory_text(config, method, n, new, dtype, quantize=None):
-    bits = bits_asked(config, quantize)
-    weights = weight_bytes(config, dtype, bits)
-    kinds = type_name(dtype) if bits is None else f"int{bits} and {type_name(dtype)}"
-    keys = key_count(config, n + new) * dtype.itemsize
-    rotated_keys = keys * rotated_copies(last_query_plan(config, method, n, n + 1))
-    return (f"memory: weights {mebibytes(weights)} in {kinds}, cache {mebibytes(2 * keys)} for the prompt "
-            f"and {new} new tokens, keys rotated for decoding {mebibytes(rotated_keys)}")
-
-
-def mebibytes(count):
-    return f"{count / 2**20:.1f} MiB"
-
-
-def weight_bytes(config, dtype, bits):
-    """Bytes of the weights of a model: floats of a torch dtype, and integers where it is quantised to bits."""
-    with torch.device("meta"):
-        model = Llama(config)
-    if bits:
-        quantize_layers(model, bits)
-    return sum(weight.numel() * (dtype.itemsize if weight.is_floating_point() else 1)
-               for weight in model.state_dict().values())
-
-
-def key_count(config, tokens):
-    """How many numbers the keys of so many tokens are, in all layers; their values are as many."""
-    return tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-
-
-def rotated_copies(plan):
-    """How often the cache holds the keys that this plan of one query sees in rotated form."""
-    numbers = range(len(plan.key_positions))
-    return sum(plan.cosine is not None or not is_unrotated(plan, number) for number in numbers)
 
 
 def small_picture(config, method, n):
@@ -395,10 +377,10 @@ def draw_matrix(axes, plan, title, L):
     axes.set_title(title, fontsize=9)
 
 
-def plot_passkey(rows, methods, lengths, cells, L, path):
+def plot_passkey(rows, methods, lengths, cells, L, path, highlight=None):
     """A heatmap per method, its depth divided into `cells`, and below them accuracy by length; dashed at the window.
 
-    rows: those of eval_passkey.py's results file.
+    rows: those of eval_passkey.py's results file; highlight: see highlighted.
     """
     columns = min(len(methods), 4)
     heatmap_rows = math.ceil(len(methods) / columns)
@@ -411,13 +393,13 @@ def plot_passkey(rows, methods, lengths, cells, L, path):
         axes.axvline(window_edge, color="black", linestyle="--", linewidth=1)
         axes.set_title(method)
     axes = figure.add_subplot(grid[-2:, :])
-    for method in methods:
-        curve = [accuracy(select(rows, method=method, length=n)) for n in lengths]
-        axes.plot(lengths, curve, marker="o", label=method)
     axes.axvline(L, color="black", linestyle="--", linewidth=1)
     length_axis(axes, lengths)
-    axes.set(xlabel="prompt length in tokens", ylabel="accuracy")
-    axes.legend(fontsize=7, ncols=2)
+    axes.set(xlabel="prompt length in tokens", ylabel="accuracy", ylim=(-0.03, 1.03))
+    curves = {}
+    for method in methods:
+        curves[method] = lengths, [accuracy(select(rows, method=method, length=n)) for n in lengths]
+    draw_curves(axes, curves, highlighted(curves, highlight))
     save(figure, path)
 
 
@@ -441,17 +423,76 @@ def plot_losses(curves, middles, L, path):
     """Loss by position, {method: nats per token in each stretch}, over the middles of the stretches; dashed at L."""
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
-    for method, losses in curves.items():
-        axes.plot(middles, losses, marker=".", label=method)
     axes.axvline(L, color="black", linestyle="--", linewidth=1)
     axes.set(xlabel="position in tokens", ylabel="nats per token")
-    axes.legend(fontsize=7, ncols=2)
+    draw_losses(axes, curves, middles)
     save(figure, path)
 
 
-def plot_ruler(scores, averages, tasks, lengths, L, path):
+def draw_losses(axes, curves, middles):
+    """Losses {method: nats per token in each stretch} over the middles of the stretches."""
+    curves = {method: (middles, losses) for method, losses in curves.items()}
+    values = [loss for _, losses in curves.values() for loss in losses if math.isfinite(loss)]
+    if values:
+        margin = 0.05 * (max(values) - min(values)) + 1e-3
+        axes.set_ylim(min(values) - margin, max(values) + margin)
+    draw_curves(axes, curves, highlighted(curves, best=min))
+
+
+def plot_lampe_fit(losses, best, curve, path):
+    """LaMPE fitted: left the loss over mapping lengths, {n: {m: nats per token}}, the best marked; right the best ones
+    by input length, and the fit, a list of (n, m)."""
+    figure = new_figure(11, 4.5)
+    grid_axes, fit_axes = figure.subplots(1, 2)
+    for (n, by_mapping), m in zip(losses.items(), best):
+        [line] = grid_axes.plot(list(by_mapping), list(by_mapping.values()), marker=".", label=f"{n} tokens")
+        grid_axes.plot(m, by_mapping[m], "o", color=line.get_color(), markersize=9)
+    grid_axes.set(xlabel="mapping length", ylabel="nats per token")
+    grid_axes.legend(fontsize=7)
+    fit_axes.plot(list(losses), best, "o", label="lowest loss")
+    fit_axes.plot(*zip(*curve), label="scaled sigmoid")
+    length_axis(fit_axes, list(losses))
+    fit_axes.set(xlabel="input length in tokens", ylabel="mapping length", ylim=(0, None))
+    fit_axes.legend(fontsize=7)
+    save(figure, path)
+
+
+def plot_probe(values, limits, layers, dims, positions, L, path):
+    """Hidden values by position, a panel for each layer (down) and dimension (across), a line for each method; the
+    threshold and the window are dashed. values: {method: (layers, W, dims)}; limits: {(layer, dim): Threshold}."""
+    figure = new_figure(4.5 * len(dims) + 1, 2.8 * len(layers) + 0.5)
+    grid = figure.subplots(len(layers), len(dims), squeeze=False)
+    for row, layer in enumerate(layers):
+        for column, dim in enumerate(dims):
+            axes = grid[row, column]
+            for method, series in values.items():
+                axes.plot(positions, series[row, :, column], linewidth=1, label=method)
+            if limits[layer, dim]:
+                axes.axhline(limits[layer, dim].value, color="red", linestyle="--", linewidth=1)
+            axes.axvline(L, color="black", linestyle="--", linewidth=1)
+            axes.set_title(f"after layer {layer}, dimension {dim}", fontsize=9)
+    for axes in grid[-1]:
+        axes.set(xlabel="position in tokens")
+    grid[0, 0].legend(fontsize=7)
+    save(figure, path)
+
+
+def plot_training(curve, title, path):
+    """The curve of a fine-tuning by step: [{step, loss, validation, old_window}], loss None before the first step."""
+    figure = new_figure(8, 4.5)
+    axes = figure.subplots()
+    for name in ("loss", "validation", "old_window"):
+        points = [(entry["step"], entry[name]) for entry in curve if entry[name] is not None]
+        axes.plot(*zip(*points), marker=".", label=name.replace("_", " "))
+    axes.set(xlabel="step", ylabel="nats per token", title=title)
+    axes.legend(fontsize=7)
+    save(figure, path)
+
+
+def plot_ruler(scores, averages, tasks, lengths, L, path, highlight=None):
     """A heatmap per method, tasks down and lengths across, below them the mean of the tasks by length; dashed at the
-    window. scores: {(method, task, length): percent}; averages: {method: percent by length}."""
+    window. scores: {(method, task, length): percent}; averages: {method: percent by length}; highlight: see
+    highlighted."""
     columns = min(len(averages), 4)
     heatmap_rows = math.ceil(len(averages) / columns)
     figure = new_figure(3.4 * columns + 1.2, (0.2 * len(tasks) + 1.2) * heatmap_rows + 4)
@@ -466,13 +507,11 @@ def plot_ruler(scores, averages, tasks, lengths, L, path):
         axes.set_yticklabels(tasks if number % columns == 0 else [], fontsize=7)
         axes.set_title(method, fontsize=9)
     axes = figure.add_subplot(grid[-2:, :])
-    for number, (method, curve) in enumerate(averages.items()):
-        style = "o-" if number < 10 else "s--"
-        axes.plot(lengths, curve, style, color=f"C{number % 10}", label=method)
     axes.axvline(L, color="black", linestyle="--", linewidth=1)
     length_axis(axes, lengths)
     axes.set(xlabel="tokens of prompt and answer", ylabel="mean score in percent", ylim=(-3, 103))
-    axes.legend(fontsize=7, ncols=2)
+    curves = {method: (lengths, curve) for method, curve in averages.items()}
+    draw_curves(axes, curves, highlighted(curves, highlight))
     save(figure, path)
 
 
@@ -482,13 +521,12 @@ def plot_key_tokens(curves, key_curves, keys, middles, L, path):
     figure = new_figure(8, 7)
     rows = figure.subplots(2, 1, sharex=True)
     for axes, lines, label in zip(rows, (curves, key_curves), ("all tokens", "key tokens")):
-        for method, losses in lines.items():
-            axes.plot(middles, losses, marker=".", label=method)
         axes.axvline(L, color="black", linestyle="--", linewidth=1)
         axes.set(ylabel=f"nats per token, {label}")
+        draw_losses(axes, lines, middles)
     rows[1].plot(keys, [0] * len(keys), "|", color="black", markersize=12)
+    rows[1].set_ylim(bottom=min(0, rows[1].get_ylim()[0]))
     rows[1].set(xlabel="position in tokens; a tick for each key token")
-    rows[0].legend(fontsize=7, ncols=2)
     save(figure, path)
 
 
@@ -501,19 +539,20 @@ def plot_bench(rows, path):
     time_axes, memory_axes = figure.subplots(1, 2)
     draw_bench(time_axes, rows, methods, lengths, "us/token", "\u00b5s/token")
     draw_bench(memory_axes, rows, methods, lengths, "peak MiB", "peak MiB")
-    figure.legend(*time_axes.get_legend_handles_labels(), fontsize=7, loc="outside right center")
     save(figure, path)
 
 
 def draw_bench(axes, rows, methods, lengths, field, label):
-    """One field of the rows by length, on logarithmic axes; the methods after the tenth are dashed."""
-    for number, method in enumerate(methods):
+    """One field of the rows by length, on logarithmic axes."""
+    curves = {}
+    for method in methods:
         values = {row["tokens"]: row[field] for row in select(rows, method=method)}
         measured = sorted(values)
-        style = "o-" if number < 10 else "s--"
-        axes.plot(measured, [values[n] for n in measured], style, color=f"C{number % 10}", label=method)
-    axes.set(yscale="log", xlabel="tokens", ylabel=label)
+        curves[method] = measured, [values[n] for n in measured]
+    numbers = [value for _, ys in curves.values() for value in ys]
+    axes.set(yscale="log", xlabel="tokens", ylabel=label, ylim=(min(numbers) / 1.2, max(numbers) * 1.2))
     length_axis(axes, lengths)
+    draw_curves(axes, curves, highlighted(curves, best=min, names=("pytorch causal", *HIGHLIGHTED)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -545,14 +584,26 @@ def check_file(path, force, usage):
 def parse_args(argv):
     parser, flag = plain_parser(__doc__)
     parser.usage = "%(prog)s METHOD [flags]; --help lists them"
-    parser.add_argument("method", nargs="?", default="all", help="name[:parameter=value...]; all: for --plot alone")
+    parser.add_argument("method", nargs="?", default="all", help="name[:parameter=value...], or several with commas; "
+                        "without: all, for --plot alone, or with --trace what config.json says")
     flag("length", type=int, help="prompt length n; default: 32, or 128 for a picture file")
-    flag("train-len", type=int, help="training length L; default: half of --length")
+    flag("train-len", type=int, help="training length L; default: half of --length, or with --trace the model's")
     flag("set", action="append", default=[], metavar="name=value", help="parameters of the method, a=1,b=2; repeatable")
     flag("plot", metavar="FILE", help="draw a picture (needs matplotlib)")
     flag("page", metavar="FILE", help="make a page (HTML) on which every method can be played with")
     flag("force", action="store_true", help="overwrite the file of --plot or --page")
+    flag("trace", nargs="?", const="", metavar="TEXT", help="run a model on this text: what its last token attends to; "
+         "without a text a passkey prompt of --length tokens, by default 4 windows")
+    flag("prompt-file", metavar="PATH", help="the same for the text of a UTF-8 file, - for stdin")
+    flag("needle", metavar="TEXT", help="with --trace: words of the prompt to mark")
+    flag("ckpt", default="tiny", help="with --trace: a folder, or a name in this one or in checkpoints/")
+    flag("dtype", choices=["auto", *DTYPES], default="auto", help="with --trace")
+    flag("device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="with --trace")
+    flag("quantize", choices=BITS, help="with --trace: weights of 8 or 4 bits")
+    parser.set_defaults(cache_dtype=None)
     args = parser.parse_args(argv)
+    if args.trace is not None or args.prompt_file is not None:
+        return args
     if args.length is None:
         args.length = 128 if args.plot else 32
     if args.train_len is None:
@@ -560,9 +611,59 @@ def parse_args(argv):
     return args
 
 
+def traced_case(args, tokenizer, L):
+    """The Case of --trace or --prompt-file, and what to call it."""
+    if args.trace and args.prompt_file is not None:
+        raise ValueError("give --trace with a text or --prompt-file, not both")
+    if args.prompt_file is not None or args.trace:
+        if args.length is not None:
+            raise ValueError("--length is for the passkey prompt of --trace without a text")
+        text = args.trace or read_text(args.prompt_file)
+        case = text_case(tokenizer, text, args.needle)
+        return case, f"a prompt of {case.n} tokens"
+    if args.needle is not None:
+        raise ValueError("--needle is for a text; the passkey prompt has one")
+    case = passkey_case(tokenizer, whole("length", 4 * L if args.length is None else args.length))
+    return case, f"a passkey prompt of {case.n} tokens"
+
+
+def run_trace(args):
+    """The command with --trace: what a model's last token attends to, as text or as a picture; the exit code."""
+    path, config, tokenizer = open_checkpoint(args)
+    if hf.takes(path):
+        raise ValueError(f"{path}: --trace is for families of model.py; this one runs through transformers")
+    L = config.train_len
+    names = [None] if args.method == "all" else method_list(args.method)
+    methods = [Method.of(name, **parse_settings(args.set)) for name in names]
+    for method in methods:
+        method.plan(config, n=1)  # a wrong name or setting shows here, before anything long
+    if args.plot:
+        figure_class()
+        check_file(args.plot, args.force, "mesa --trace --plot trace.png")
+    case, what = traced_case(args, tokenizer, L)
+    say_warnings(config, methods, [case.n], len(case.ids) - case.n)
+    device, dtype = place(args, config)
+    model = load_model(path, config, dtype, device, quantize=args.quantize)
+    traces = {str(method) or config.freq: trace(model, case, method) for method in methods}
+    note = f"{what}, {case.n / L:.3g} times the window of {L}: where its last token looks"
+    if len(case.ids) > case.n:
+        note = f"{what}, {case.n / L:.3g} times the window of {L}: where the answer's first token looks"
+    if args.plot:
+        layers = config.num_hidden_layers
+        figure = new_figure(12, (0.5 + 0.16 * max(layers, 4)) * len(traces) + 1)
+        draw_traces(figure, traces, tokenizer, note)
+        save(figure, args.plot)
+        return 0
+    for name, traced in traces.items():
+        print(f"{name}: {note}", trace_text(traced, tokenizer), sep="\n")
+    return 0
+
+
 def run(argv=None):
     """The command: its exit code."""
     args = parse_args(argv)
+    if args.trace is not None or args.prompt_file is not None:
+        return run_trace(args)
     if args.page:
         check_file(args.page, args.force, "--page methods.html")
         write_page(args.page, slowdown=slowdown, reach=reach, sentence=first_sentence)
@@ -576,7 +677,7 @@ def run(argv=None):
     elif n > PRINTABLE:
         raise ValueError(f"a matrix of {n} tokens is too large to print; --length goes to {PRINTABLE}")
 
-    names = METHODS if args.method == "all" else [args.method]
+    names = METHODS if args.method == "all" else method_list(args.method)
     methods = [Method.of(name, **parse_settings(args.set)) for name in names]
     plans = {str(method): example(method, n, L) for method in methods}
     note = f"prompt of {n} tokens, training length {L}"

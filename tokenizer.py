@@ -17,6 +17,9 @@ LONE = "\ue000"   # a character for private use, which no tokenizer merges with 
 def load_tokenizer(path, bos_id):
     """The Tokenizer of a folder; bos_id None: a model without BOS. FileNotFoundError or ValueError names the file."""
     path = Path(path)
+    settings = tokenizer_config(path)
+    has_no_bos = settings.get("add_bos_token") is False or settings.get("bos_token", "unsaid") is None
+    bos_id = None if has_no_bos else bos_id  # Qwen's config.json names a BOS that no text begins with
     if (path / "tokenizer.model").is_file():
         return sentencepiece_tokenizer(path / "tokenizer.model", bos_id)
     if (path / "tokenizer.json").is_file():
@@ -56,6 +59,8 @@ def json_tokenizer(file, bos_id):
     def encode_control(text):
         core.encode_special_tokens = False
         return core.encode(text, add_special_tokens=False).ids
+    if core.post_processor is not None and core.encode("a").ids[:1] != [bos_id]:
+        bos_id = None
     control = {token.content: number for number, token in core.get_added_tokens_decoder().items() if token.special}
     return Tokenizer(encode, core.decode, bos_id, control, encode_control)
 

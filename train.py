@@ -3,14 +3,14 @@
 Does: collect the prose that comes with every Python (help topics, docstrings), train a sentencepiece model on it,
 then a LLaMA on a mix of prose, passkey prompts, and records of lines and of key-value pairs, with --mix ruler also of
 RULER's tasks, of every length up to its window; or start from the weights and the tokenizer of another such model
-(--init). Of RULER's names, values and help topics, those that the evaluation draws from are never in a prompt here
-(all help topics are in the prose). Writes a Hugging Face folder and
-training.json, the record of the run. An interrupted run, also a killed one, continues from its last save when the same
-command is given again, and ends in the same weights: batches depend on (seed, step) alone. Started by torchrun, each
-process takes some rows of every batch (torch's DistributedDataParallel), and rank 0 writes.
+(--init). Of RULER's names, values and help topics, those that the evaluation draws from are neither in a prompt nor in
+the prose (in the first runs of all shipped models, which are older, all help topics were in the prose). Writes a
+Hugging Face folder and training.json, the record of the run. An interrupted run, also a killed one, continues from its
+last save when the same command is given again, and ends in the same weights: batches depend on (seed, step) alone.
+Started by torchrun, each process takes some rows of every batch (torch's DistributedDataParallel), and rank 0 writes.
 
 Does not: read any other data, or show the model a position beyond --window. Whatever the model does out there is the
-doing of the extrapolation method.
+doing of the extrapolation method. (finetune.py trains a checkpoint further, at a longer window.)
 
     python train.py --out start --cosine 16 --store bfloat16 --steps 2000 --grow 1000
     python train.py --out middle --init start --steps 1200 --grow 100 --lr 1.5e-3
@@ -25,12 +25,13 @@ Letters: B rows of a batch, T tokens that the model reads in each row; a row hol
 """
 import ast
 import datetime
+import itertools
 import json
 import math
 import os
 import platform
-import pydoc_data.topics
 import random
+import re
 import shutil
 import sys
 import sysconfig
@@ -56,7 +57,8 @@ ANSWER = "{key}."              # what follows QUESTION; sentencepiece puts the s
 MIX = ("kv", "prose", "kv", "lines", "passkey", "lines")  # kinds of rows, over and over
 ALONE = Ranks()
 RULER = tuple(task for task in ruler_tasks.TASKS if task != "qa")  # qa needs outside data
-MIXES = {"records": MIX, "ruler": MIX + RULER}
+HARDEST = ("niah_multikey_2", "niah_multiquery", "niah_multikey_3", "niah_single_3")  # so they come twice
+MIXES = {"records": MIX, "ruler": MIX + RULER + HARDEST}
 MUON = 7                       # its learning rate over that of AdamW
 
 
@@ -64,10 +66,11 @@ MUON = 7                       # its learning rate over that of AdamW
 # prose that every machine with a Python has
 
 def prose():
-    """The documents, a list of texts: Python's help topics, then the docstrings of its standard library."""
+    """The documents, a list of texts: Python's help topics, but those held out for the evaluation, then the docstrings
+    of its standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-    documents = [" ".join(text.split()) for _, text in sorted(pydoc_data.topics.topics.items())]
+    documents = ruler_tasks.topics(test=False)
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
         if not skipped.intersection(parts):
@@ -108,10 +111,11 @@ def train_tokenizer(path, documents, vocab_size):
 def task_sentences():
     """The sentences of all tasks, so often that they get a piece per word: a short needle rarely meets the border of a
     chunk."""
-    texts = [TASK, FILLER, NEEDLE, QUESTION]
+    texts = [TASK, FILLER, NEEDLE, QUESTION, *ruler_tasks.BRIEF.values()]
     for record in RECORDS.values():
         texts += record_texts(record)
-    sentences = [text.format(key=71432, name="", value=52908) for text in texts]
+    blanks = {"name": "", "kind": "number", "context": "", "query": "", "count": 3}
+    sentences = [text.format(key=71432, value=52908, **blanks) for text in texts]
     return sentences * 500 + [" ".join(WORDS)] * 500
 
 
@@ -257,7 +261,8 @@ def random_filler(rng, corpus):
 
 
 def record_row(rng, task, corpus, length, eos):
-    """A Row of T = length: a record of lines or of key-value pairs, a question, its answer, and </s>.
+    """A Row of T = length: a record of lines or of key-value pairs, a question, its answer, and </s>; a piece of prose
+    where that is too short for one entry.
 
     Half of the records say their entries once, and what is asked may be as far away as can be; the others repeat them
     in another order: each value that is said again is a lesson in finding it by its name.
@@ -269,6 +274,8 @@ def record_row(rng, task, corpus, length, eos):
     longest_ending = (record.question + " " + record.answer).format(name=longest_name, value=52908)
     room = length - len(head) - len(tokenizer.encode(longest_ending, bos=False)) - 4
     found = record_entries(rng, task, tokenizer, names, room)
+    if not found:  # not a single entry fits
+        return prose_row(rng, corpus, length, head[0])
     asked = rng.choice(found)
     again = repeated(rng, found, room)
 
@@ -287,24 +294,45 @@ def record_row(rng, task, corpus, length, eos):
 
 
 def ruler_row(rng, task, corpus, length, eos):
-    """A Row of T = length: a prompt of a task of RULER, its answer, </s>, and filler that need not be predicted.
+    """A Row of T = length: a prompt of a task of RULER, its answer, </s>, and its needles said again; the filler after
+    them need not be predicted.
 
-    Its size is one of the two smallest; where neither fits into this length, a piece of prose takes its place.
+    Its size is one of the two smallest; where neither fits into this length, a piece of prose takes its place. Half of
+    the prompts fill but half of the row, so that there is room for their needles.
     """
     tokenizer = corpus.tokenizer
     sizes = ruler_tasks.SIZES[-2:]
-    for size in rng.sample(sizes, len(sizes)):
+    part = length // 2 if rng.random() < 0.5 else length
+    for longest, size in itertools.product((part, length), rng.sample(sizes, len(sizes))):
         room = ruler_tasks.answer_room(tokenizer, task, size, corpus.material)
         try:
-            prompt = ruler_tasks.ruler_prompt(tokenizer, task, length - room, rng, corpus.material, size)
+            prompt = ruler_tasks.ruler_prompt(tokenizer, task, longest - room, rng, corpus.material, size)
         except ValueError:
             continue  # longer than this row
         answer = tokenizer.encode(in_order(prompt), bos=False) + [eos]
         rest = length + 1 - len(prompt.ids) - len(answer)
         if rest >= 0:
-            ids = prompt.ids + answer + cycled(tokenizer.encode(FILLER, bos=False), rest)
-            return Row(ids, [0.1] * (len(prompt.ids) - 1) + [8.0] * len(answer) + [0.0] * rest)
+            again = needles_again(rng, tokenizer, prompt, rest)
+            filler = cycled(tokenizer.encode(FILLER, bos=False), rest - len(again.ids))
+            weights = [0.1] * (len(prompt.ids) - 1) + [8.0] * len(answer) + again.weights + [0.0] * len(filler)
+            return Row(prompt.ids + answer + again.ids + filler, weights)
     return prose_row(rng, corpus, length, tokenizer.encode("")[0])
+
+
+def needles_again(rng, tokenizer, prompt, room):
+    """The needles of a RulerPrompt in another order, as many as fit into room tokens: each is a lesson in finding a
+    value by its key. A Row with a weight for every id."""
+    template = ruler_tasks.BRIEF["needle"].replace(".", r"\.")
+    pattern = template.format(kind=r"\w+", key=r"\S+", value=r"(\S+)")
+    needles = [(match.group(), match.group(1)) for match in re.finditer(pattern, prompt.text)]
+    again = Row([], [])
+    for needle, value in rng.sample(needles, len(needles)):
+        ids = tokenizer.encode(needle, bos=False)
+        copied = len(tokenizer.encode(value + ".", bos=False))
+        if len(again.ids) + len(ids) <= room:
+            again.ids += ids
+            again.weights += [0.1] * (len(ids) - copied) + [4.0] * copied
+    return again
 
 
 def in_order(prompt):
@@ -518,10 +546,10 @@ def train_step(step, args, model, optimizers, corpus, ranks=ALONE, forward=None)
         optimizer.step()
 
     # a row with an answer ends in five digits, "." or what else closes it, and </s>
-    right = (logits[:, -7:-2].argmax(-1) == ids[:, -7:-2]).float().mean(1)
+    hits = (logits.argmax(-1) == targets).float()
+    right = hits[:, -7:-2].mean(1)
     measures = [loss[rows_of("prose", found)].mean()]
     measures += [right[rows_of(task, found)].mean() for task in TASKS]
-    hits = (logits.argmax(-1) == targets).float()
     for task in measured(args)[1 + len(TASKS):]:
         rows = rows_of(task, found)
         measures.append(hits[rows][weights[rows] == 8.0].mean())

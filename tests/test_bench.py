@@ -111,6 +111,18 @@ def test_whole_models(file, tmp_path):
             assert rows["transformers sdpa"]["x transformers sdpa"] == 1 and rows["rope"]["x transformers sdpa"] > 0
 
 
+def test_rows_at_once(file, tmp_path):
+    """Together, one by one, and padded where transformers is installed; how many times one row's tokens come out."""
+    bench.run(["batch", *SMALL, "--lengths", "40", "--methods", "mesa", "--scratch", str(tmp_path), "--results",
+               str(file)])
+    rows = rows_in(file)
+    assert {row["rows"] for row in rows} == {1, 4, 16} and all(row["tokens/s"] > 0 for row in rows)
+    assert {"mesa", "mesa, one by one"} <= {row["batch"] for row in rows}
+    for row in rows:
+        assert row["x one row"] == 1 or row["rows"] > 1
+        assert row["x one by one"] == 1 or "one by one" not in row["batch"]
+
+
 def test_loading_is_a_median_without_the_first_turn(file, tmp_path, monkeypatch, capsys):
     """The first turn, which may find a cold file cache, does not count."""
     monkeypatch.setattr(bench, "machine", lambda device: {"threads": 1})  # as if transformers were not installed

@@ -165,6 +165,28 @@ def test_a_book_is_read_once_and_asked_twice(command, tiny, tmp_path):
     assert f"{1000 + len(tokenizer.encode_more(question)) + 7} taken from the cache" in err
 
 
+def test_a_book_of_which_little_is_kept(command, tiny, tmp_path):
+    """What StreamingLLM has forgotten is not in the file either."""
+    model, tokenizer = tiny
+    book = passkey_prompt(tokenizer, 3000).ids
+    given = "--method", "streaming-llm", "--max-new-tokens", 8
+    ids = ",".join(map(str, book))
+    command(*given, "--prompt-ids", ids, "--prefill-chunk", 500, "--save-cache", tmp_path / "a")
+    command(*given, "--prompt-ids", ids, "--save-cache", tmp_path / "b")
+    assert (tmp_path / "a").stat().st_size < (tmp_path / "b").stat().st_size / 3
+    outs = [command(*given, "--load-cache", tmp_path / name, "--prompt", " The sky is") for name in "ab"]
+    assert outs[0][0] == 0 and outs[0][1] == outs[1][1] and "3000 tokens" in outs[0][2]
+
+
+def test_a_book_in_a_cache_of_fewer_bytes(command, tiny, tmp_path):
+    ids = ",".join(map(str, passkey_prompt(tiny[1], 600).ids))
+    given = "--method", "mesa", "--max-new-tokens", 8, "--cache-dtype", "int8"
+    whole = command(*given, "--prompt-ids", ids, "--save-cache", tmp_path / "a")[1]
+    code, out, _ = command(*given, "--load-cache", tmp_path / "a", "--prompt", " The sky is")
+    assert code == 0 and out and "71432" in whole
+    assert "with cache-dtype int8" in command(*given[:-2], "--load-cache", tmp_path / "a", "--prompt", "x")[2]
+
+
 @pytest.mark.parametrize("args, words", [
     ((), "method mesa:first=64:last=32, but this run has method rope"),
     (("--method", "mesa:first=64:last=32", "--ckpt", "tiny-nope"), "with checkpoint"),

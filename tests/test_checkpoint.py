@@ -177,7 +177,21 @@ def config_of(folder, train_len=None, **changes):
     ({"original_max_position_embeddings": 8}, {"train_len": 8}),
     ({"position_encoding": "alibi"}, {"freq": "alibi", "train_len": 32}),
     ({"model_type": "mistral", "sliding_window": None}, {"freq": "rope"}),
-    ({"cosine_attention": 24.0}, {"cosine_attention": 24.0})], ids=str)
+    ({"cosine_attention": 24.0}, {"cosine_attention": 24.0}),
+    ({"model_type": "mistral"}, {"layer_methods": ("sliding:window=4096",)}),
+    ({"model_type": "qwen2"}, {"qkv_bias": True, "qk_norm": False, "layer_methods": ()}),
+    ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0},
+     {"layer_methods": ("sliding:window=4096",)}),
+    ({"model_type": "qwen3", "head_dim": ..., "layer_types": ["full_attention"]},
+     {"qkv_bias": False, "qk_norm": True, "head_dim": 128, "layer_methods": ()}),
+    ({"model_type": "qwen2", "dual_chunk_attention_config": {"original_max_position_embeddings": 16}},
+     {"train_len": 16, "max_position_embeddings": 32, "freq": "rope"}),
+    ({"model_type": "smollm3", "tie_word_embeddings": ...}, {"layer_methods": (), "tie_word_embeddings": True}),
+    ({"model_type": "smollm3", "no_rope_layer_interval": 1}, {"layer_methods": ("nope",)}),
+    ({"model_type": "smollm3", "no_rope_layers": [0], "use_sliding_window": True, "sliding_window": 7},
+     {"layer_methods": ("sliding:window=7:freq=nope",)}),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0, "finetuned": True, "attn_factor": None}}, {"freq": "yarn"}),
+    ], ids=str)
 def test_fields_and_their_defaults(fields, want, tmp_path):
     """LLaMA-1 folders have neither head_dim nor num_key_value_heads; newer ones have rope_parameters for rope_theta.
 
@@ -199,7 +213,15 @@ WRONG_FIELDS = {  # what is wrong in a config.json: the fields, and words of the
     "unknown positions": ({"position_encoding": "learned"}, ["position_encoding", "learned", "alibi"]),
     "not a llama": ({"model_type": "gpt2"}, ["gpt2"]),
     "not silu": ({"hidden_act": "gelu"}, ["gelu"]),
-    "a sliding window": ({"model_type": "mistral", "sliding_window": 4096}, ["sliding_window 4096"]),
+    "a sliding window": ({"sliding_window": 4096}, ["sliding_window 4096"]),
+    "a window of no size": ({"model_type": "qwen2", "sliding_window": None, "layer_types": ["sliding_attention"]},
+                            ["sliding_window must be a whole number"]),
+    "layers of an unknown kind": ({"model_type": "qwen3", "layer_types": ["linear_attention"]}, ["linear_attention"]),
+    "too many layers": ({"model_type": "qwen3", "layer_types": ["full_attention"] * 2}, ["not of 1 layers"]),
+    "attn_factor": ({"rope_scaling": {"type": "yarn", "factor": 2.0, "attn_factor": 0.8}}, ["yarn", "attn_factor"]),
+    "a key of another type": ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 32}}, ["beta_fast"]),
+    "a key of nobody": ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0, "alpha": 4}}, ["llama3", "alpha"]),
+    "a factor without a type": ({"rope_scaling": {"factor": 2.0}}, ["factor 2.0", "no type"]),
 }
 
 

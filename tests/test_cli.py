@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import cli
 from cli import (Results, fingerprint, keep_freed_memory, method_list, methods_asked, open_checkpoint, pick_device,
                  pick_dtype, plain_parser, read_text, run_command)
 from config import Config
@@ -180,3 +181,27 @@ def test_a_fingerprint_tells_checkpoints_apart_and_never_changes(tmp_path):
     other_weights = fingerprint(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     assert len({"af550519286c0d04", other_weights, fingerprint(tmp_path)}) == 3
+
+
+# ---- progress
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress(terminal, monkeypatch, capsys):
+    """100 steps of a second each: the time left from the first on; in lines ever further apart, or in one line. Nothing
+    of what takes less than two seconds in all."""
+    clock = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    progress = cli.Progress("prefill")
+    for seconds in (0.019, 1.0):
+        for done in range(20, 121):  # 20 were there before
+            progress(done, 120)
+            clock[0] += seconds
+    said = capsys.readouterr().err
+    if terminal:
+        assert said.startswith("\r\033[Kprefill 21/120, 99 s left\r\033[Kprefill 22/120, 98 s left")
+        assert said.endswith("\033[Kprefill 120/120, 0 s left\n") and said.count("\n") == 1
+    else:
+        lines = said.splitlines()
+        assert lines[:2] == ["prefill 21/120, 99 s left", "prefill 23/120, 97 s left"]
+        assert lines[-1] == "prefill 120/120, 0 s left" and 20 < len(lines) < 40 and "\r" not in said

@@ -195,7 +195,7 @@ def test_a_row_for_every_trial(grid):
     last = {"method": "mesa:first=20", "length": 1024, "cell": 1, "trial": 0, "key": "72641", "answer": "72641",
             "correct": True, "cut": False, "ckpt": "tiny", "weights": "af550519286c0d04", "task": "passkey", "seed": 0,
             "depths": 2, "trials": 1, "filler": "repeat", "needles": 1, "train_len": 256, "dtype": "float32",
-            "impl": "auto", "quantize": None}
+            "impl": "auto", "quantize": None, "cache_dtype": None}
     logp = rows[-1].pop("logp")
     assert rows[-1] == last and -1 < logp <= 0
 

@@ -4,12 +4,13 @@ The formulas below are Python arithmetic on one query i and one key j; they shar
 geometry.py. A wrong boundary shows here as a wrong number in a small matrix, long before it is a bad perplexity.
 """
 import math
+from dataclasses import replace
 from itertools import count
 
 import pytest
 import torch
 
-from geometry import dynamic_split, stair_slots
+from geometry import MESA, dynamic_split, mesa_fit, stair_slots
 from plan import distance, farthest, visible_keys
 from positions import make_plan
 
@@ -426,6 +427,34 @@ def test_mesa_stays_below_the_training_length(L, lengths):
         assert max(farthest(r) for r in plan.regions) < L, n
 
 
+RELEASED = {  # as the released codes have it: a fit and L, the method and L in numbers
+    "mesa:fit=open-llama": (2048, "mesa:first=100:last=512:width=50:reserve=50:margin=100:remainder=200"),
+    "mesa:fit=llama2": (2048, "mesa:first=100:last=800:width=20:reserve=50:margin=100:remainder=200"),
+    "mesa:fit=vicuna": (2048, "mesa:first=100:last=1024:width=200:reserve=50:margin=100:remainder=200"),
+    "mesa:fit=llama2:width=33": (2048, "mesa:first=100:last=800:width=33:reserve=50:margin=100:remainder=200"),
+    "dca:fit=llama": (4096, "dca:chunk=2560:top=3072"), "dca:fit=qwen": (32768, "dca:chunk=22528:top=24576"),
+    "dca:fit=qwen-1m": (262144, "dca:chunk=253952:top=262144"),
+}
+
+
+@pytest.mark.parametrize("fit", RELEASED)
+def test_fits_of_mesa_and_dca_as_released(fit):
+    L, numbers = RELEASED[fit]
+    for n in (3 * L // 2, 4 * L):
+        one, other = (plan_of(method, n, L, i=[n - 1]) for method in (fit, numbers))
+        assert [(int(r.q_pos), int(r.start), int(r.end)) for r in one.regions] == \
+               [(int(r.q_pos), int(r.start), int(r.end)) for r in other.regions]
+        assert all(torch.equal(r.k_pos, s.k_pos) for r, s in zip(one.regions, other.regions))
+    assert mesa_fit(None, 2048) == replace(MESA["open-llama"], width=None)
+
+
+def test_chunks_of_a_fit():
+    """LLaMA-2's at 4,096, 8,192 and 16,384 tokens, as the released code splits them."""
+    fit = MESA["llama2"]
+    for n, chunk in ((4096, 1623), (8192, 1835), (16384, 1726), (32768, 1773)):
+        assert dynamic_split(n, 2048, fit.first, fit.last, fit.reserve, fit.margin, fit.remainder) == chunk
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # LaMPE's arithmetic
 
@@ -447,6 +476,15 @@ def test_lampe_fits_as_released(fit):
         assert same(distance(plan_of("lampe", n, 100, i=[n - 1], fit=fit)), want), n
         assert same(distance(plan_of("lampe", n, window, i=[n - 1])), want), n
         assert bool(want.max() < n - 1) == (n >= 2 * head), n
+
+
+def test_lampe_with_a_sigmoid_of_ones_own():
+    """[a, b, most] as text, as the command line has it: those of llama3 give its mapping lengths from 8,192 tokens on,
+    and below it what the sigmoid gives, where the release has 1,536."""
+    method = "lampe:sigmoid=[1.0493097327094324e-04,-2.466638011138158,6204.409324666837]"
+    for n, mapping in ((1024, 535), (8192, 1036), (12288, 1461), (131072, 6204)):
+        want = plan_of("lampe", n, 8192, i=[n - 1], mapping=mapping)
+        assert same(distance(plan_of(method, n, 8192, i=[n - 1])), distance(want)), n
 
 
 def test_lampe_largest_distances():

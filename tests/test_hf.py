@@ -2,6 +2,9 @@
 
 `python tests/test_hf.py` prints the README's table of families, as it is found to be here. Needs transformers.
 """
+import io
+import json
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 transformers = pytest.importorskip("transformers", minversion="5")
 
+import eval_harness  # noqa: E402
+import eval_passkey  # noqa: E402
+import eval_perplexity  # noqa: E402
+import eval_ruler  # noqa: E402
 import hf  # noqa: E402
 from cache import KVCache  # noqa: E402
 from checkpoint import fields_of  # noqa: E402
@@ -36,8 +43,8 @@ CASES = {  # row of the table: settings of its config that make it small, and it
     "phi3 with sliding_window": WINDOW, "gemma": {}, "gemma2": dict(query_pre_attn_scalar=32, **WINDOW),
     "gemma3_text": dict(layer_types=["sliding_attention", "full_attention"] * 2, **WINDOW),
     "smollm3": {}, "olmo2": {}, "cohere": {}, "cohere2": WINDOW, "granite": dict(attention_multiplier=0.3),
-    "starcoder2": {}, "starcoder2 with sliding_window": WINDOW, "stablelm": {}, "gpt_neox": {}, "glm": {},
-    "nemotron": {},
+    "starcoder2": {}, "starcoder2 with sliding_window": WINDOW, "stablelm": {}, "glm": {}, "nemotron": {},
+    "gpt_neox": dict(num_key_value_heads=None),
     "llama4_text": dict(attention_chunk_size=9, intermediate_size_mlp=64, num_local_experts=2, floor_scale=8),
     "llama4_text with attention_chunk_size null": dict(attention_chunk_size=None, intermediate_size_mlp=64,
                                                        num_local_experts=2),
@@ -103,7 +110,7 @@ def test_family(name):
 
 def family_table():
     """The README's table, from what extend finds in the models of CASES."""
-    lines = ["| family | in model.py | layers that a method changes | layers that stay as trained | also exact |",
+    lines = ["| family | runs in | layers that a method changes | layers that stay as trained | also exact |",
              "|---|---|---|---|---|"]
     for name in CASES:
         model = extended(tiny_model(name))
@@ -115,9 +122,9 @@ def family_table():
             changed = "full" if "no positions" not in own else "with positions"
         try:
             fields_of(model.config.to_dict())
-            native = "yes"
+            native = "model.py, hf.py"
         except ValueError:
-            native = ""
+            native = "hf.py"
         config = layers[0].config
         also = {"interleaved pairs": config.interleaved, "partial rotary": config.rotary_dim < config.head_dim,
                 "capped logits": getattr(model.config, "attn_logit_softcapping", None), "sinks": name == "gpt_oss"}
@@ -218,13 +225,13 @@ def test_trained_frequencies_are_kept_unless_the_method_has_its_own(kind):
 
 # ---- what is around it, unchanged
 
-def saved(name, folder):
+def saved(name, folder, **settings):
     """A checkpoint folder of a family, with a tokenizer of words w1 w2 ..."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     words = {"<unk>": 0, **{f"w{number}": number for number in range(1, 97)}}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tiny_model(name).save_pretrained(folder)
+    tiny_model(name, **settings).save_pretrained(folder)
     core = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>",
                                                 model_input_names=["input_ids", "attention_mask"])
     core.save_pretrained(folder)
@@ -235,29 +242,171 @@ TEXT = " ".join(f"w{token}" for token in prompt(130)[0].tolist())
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt_neox"])
-def test_the_five_lines_of_the_readme_and_a_pipeline(name, tmp_path):
+def test_the_five_lines_of_the_readme_and_a_pipeline(name, tmp_path, capsys):
+    """At 4 times the window, with 64 tokens decoded."""
     lines = README.split("## Inside transformers")[1].split("\n\n    ")[1].split("\n\n")[0].replace("\n    ", "\n")
     assert len(lines.splitlines()) == 5
-    session = {"folder": saved(name, tmp_path), "text": TEXT}
+    session = {"folder": saved(name, tmp_path, eos_token_id=None), "text": TEXT}
     for method in ("mesa", "rerope"):
+        capsys.readouterr()
         exec(lines.replace("mesa", method), session)
+        words = capsys.readouterr().out.split()
+        assert len(words) == 130 + 64 > 4 * L and words[:130] == TEXT.split()
     model, tokenizer = session["model"], session["tokenizer"]
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
     assert len(pipe(TEXT, max_new_tokens=4, do_sample=True, top_k=5)[0]["generated_text"]) > len(TEXT)
 
 
-def test_generate_py_takes_the_folder(tmp_path, capsys):
-    folder = saved("gemma3_text", tmp_path)
-    flags = ["--ckpt", str(folder), "--prompt", TEXT, "--max-new-tokens", "6", "--prefill-chunk", "50"]
-    assert run([*flags, "--method", "mesa", "--train-len", "20"]) == 0
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{family: a checkpoint folder} of families that model.py does not know."""
+    made = {name: saved(name, tmp_path_factory.mktemp(name)) for name in ("gemma3_text", "gpt_neox")}
+    assert all(hf.takes(folder) for folder in made.values())
+    return made
+
+
+def test_generate_py_takes_the_folder(folders, capsys):
+    flags = ["--ckpt", str(folders["gemma3_text"]), "--prompt", TEXT, "--max-new-tokens", "6", "--prefill-chunk", "50"]
+    flags += ["--method", "mesa", "--train-len", "20"]
+    assert run(flags) == 0
     said = capsys.readouterr()
-    assert "method=mesa" in said.err and "train-len=20" in said.err and "prefill 100/130" in said.err
-    model, tokenizer = hf.load(folder)
-    hf.extend(model, "mesa", train_len=20)
-    ids = tokenizer.encode(TEXT)
-    assert said.out.split() == tokenizer.decode(theirs_tokens(model, torch.tensor([ids]), 6)).split()
-    with pytest.raises(ValueError, match="--explain is not there"):
-        run([*flags, "--explain"])
+    assert "method=mesa" in said.err and "train-len=20" in said.err and "memory: about" in said.err
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folders["gemma3_text"])
+    _, tokenizer = hf.open_folder(folders["gemma3_text"])
+    ids = torch.tensor([tokenizer.encode(TEXT)])
+    tokens = theirs_tokens(hf.extend(theirs, "mesa", train_len=20), ids, 6)
+    assert said.out.split() == tokenizer.decode(tokens).split()
+    assert run([*flags, "--explain"]) == 0
+    said = capsys.readouterr().out
+    assert "layers: 2 by sliding:window=9, 2 by the method" in said and "in their file" in said
+    for flag, words in ((["--compile"], "--compile is not there"), (["--quantize", "int8"], "--quantize is for")):
+        with pytest.raises(ValueError, match=words):
+            run([*flags, *flag])
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.inference_mode()
+def test_model_is_transformers_with_our_cache(name):
+    """Reading in pieces, decoding, batches of a length and changes of the method."""
+    theirs, ids = tiny_model(name), prompt(rows=2)
+    ids[1] = ids[1].flip(0)
+    wholes = {method: logits_of(extended(theirs, method), ids) for method in ("rerope", "mesa")}
+    config = hf.governed(hf.decoder_of(theirs).beyond.layers).config
+    model = hf.Model(theirs, config)
+    for method, whole in wholes.items():
+        assert close(model(ids, model.plan(method, n=T)), whole)
+        cache, pieces = KVCache(config), []
+        for piece in ids.split([10, 27, 1, 30] + [1] * (T - 68), 1):
+            end = len(cache) + piece.shape[1]
+            plan = model.plan(method, n=T, i=torch.arange(len(cache), end), j=torch.arange(end))
+            pieces.append(model(piece, plan, cache))
+        assert close(torch.cat(pieces, 1), whole)
+        assert close(model(ids, model.plan(method, n=T), last_only=True), whole[:, -1:])
+    assert close(logits_of(extended(theirs, "rerope"), ids), wholes["rerope"])  # and generate goes on as before
+
+
+def test_evaluations_take_the_folder(folders, tmp_path, capsys):
+    """A family that model.py does not know: every script's table has its methods; and the losses are transformers'."""
+    folder = str(folders["gpt_neox"])
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 2, encoding="utf-8")
+    common = ["--ckpt", folder, "--methods", "rope,mesa", "--results"]
+    eval_perplexity.run([str(text), *common, str(tmp_path / "p"), "--length", "75", "--buckets", "1"])
+    assert "| mesa |" in capsys.readouterr().out
+    ids = hf.open_folder(folder)[1].encode(text.read_text())[:74]
+    theirs = hf.extend(transformers.AutoModelForCausalLM.from_pretrained(folder), "mesa")
+    logits = logits_of(theirs, torch.tensor([ids]))[0]
+    want = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]))
+    rows = [json.loads(line) for line in (tmp_path / "p").read_text().splitlines()]
+    assert abs(rows[1]["nll"] - float(want)) < 1e-4 and rows[1]["method"] == "mesa"
+    cases = tmp_path / "cases.jsonl"
+    cases.write_text(json.dumps({"input": TEXT, "outputs": ["w1"]}) + "\n", encoding="utf-8")
+    eval_ruler.run([*common, str(tmp_path / "r"), "--data", str(cases), "--max-new-tokens", "4"])
+    assert "mesa" in capsys.readouterr().out
+    eval_passkey.run([*common, str(tmp_path / "k"), "--lengths", "110", "--depths", "1", "--trials", "2"])
+    assert "| mesa |" in capsys.readouterr().out
+
+
+def test_chat_and_saved_caches_take_the_folder(folders, tmp_path, capsys, monkeypatch):
+    """A prompt that is read once answers as one that is read anew; turns of a chat compute only what they add."""
+    flags = ["--ckpt", str(folders["gpt_neox"]), "--method", "mesa", "--max-new-tokens", "6"]
+    assert run([*flags, "--prompt", TEXT, "--save-cache", str(tmp_path / "book")]) == 0
+    capsys.readouterr()
+    assert run([*flags, "--prompt", "w5 w6", "--load-cache", str(tmp_path / "book")]) == 0
+    said = capsys.readouterr()
+    assert "130 tokens" in said.err
+    assert run([*flags, "--prompt", f"{TEXT} w5 w6"]) == 0
+    anew = capsys.readouterr().out
+    assert len(said.out.split()) == 6 and said.out.split()[:1] == anew.split()[:1]
+    monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2 w3\nw4 w5\n/stats\n"))
+    assert run([*flags, "--chat"]) == 0
+    said = capsys.readouterr().err
+    assert "turns 2, " in said and "prompts: 6 computed, 8 taken from the cache" in said
+
+
+def test_weights_that_torchao_has_quantised(tmp_path, capsys):
+    """A model in 8 bits, by mesa beyond its window, and its folder through generate.py."""
+    torchao = pytest.importorskip("torchao.quantization")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(saved("qwen3", tmp_path / "plain"))
+    settings = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=settings)
+    assert "Int8" in type(model.model.layers[0].self_attn.q_proj.weight).__name__
+    ids = prompt()
+    want = logits_of(hf.extend(plain, "mesa"), ids)
+    found = logits_of(hf.extend(model, "mesa"), ids)
+    assert 1e-4 < (found - want).abs().max() / want.abs().max() < 0.1
+    assert close(in_pieces(model, ids), found, 1e-4)
+    hf.restore(model).save_pretrained(tmp_path / "int8")
+    for file in (tmp_path / "plain").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "int8")
+    assert hf.takes(tmp_path / "int8") and not hf.takes(tmp_path / "plain")
+    assert run(["--ckpt", str(tmp_path / "int8"), "--prompt", TEXT, "--method", "mesa", "--max-new-tokens", "6"]) == 0
+    assert len(capsys.readouterr().out.split()) == 6
+
+
+TASK = """task: words
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{answer}}}}"
+{more}
+"""
+KINDS = {
+    "loglikelihood": "metric_list:\n  - metric: perplexity\n    aggregation: perplexity\n    higher_is_better: false",
+    "generate_until": "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
+                      "generation_kwargs:\n  max_gen_toks: 4\n  until: [w99]",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_harness_of_eleutherai(kind, folders, tmp_path, capsys, monkeypatch):
+    """A task file of one's own, offline: likelihoods are those of the extended model, and answers are its answers."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = shutil.copytree(folders["gpt_neox"], tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "w96"}), encoding="utf-8")
+    theirs = hf.extend(transformers.AutoModelForCausalLM.from_pretrained(folder), "mesa")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    answer = tokenizer.decode(theirs_tokens(theirs, ids, 4))
+    target = " w7" if kind == "loglikelihood" else answer
+    (tmp_path / "docs.jsonl").write_text(json.dumps({"text": TEXT, "answer": target}) + "\n", encoding="utf-8")
+    task = TASK.format(file=tmp_path / "docs.jsonl", kind=kind, more=KINDS[kind])
+    (tmp_path / "words.yaml").write_text(task, encoding="utf-8")
+    flags = ["--ckpt", str(folder), "--tasks", "words", "--include-path", str(tmp_path)]
+    assert eval_harness.run([*flags, "--methods", "rope,mesa"]) == 0
+    rope, mesa = [float(cells.split("|")[7]) for cells in capsys.readouterr().out.splitlines() if "|words|" in cells]
+    loss = -logits_of(theirs, ids)[0, -1].log_softmax(-1)[tokenizer.encode("w7")[-1]]
+    want = float(loss.exp()) if kind == "loglikelihood" else 1.0
+    assert abs(mesa - want) < 1e-3 * want and rope != mesa
+    with pytest.raises(ValueError, match="no task wrods"):
+        eval_harness.run(["--ckpt", str(folder), "--tasks", "wrods"])
 
 
 # ---- what is refused, in one sentence

@@ -11,12 +11,15 @@ from make_golden import (GOLDEN, GREEDY, HF_CONFIGS, KEPT, KEPT_OF_STORY, LONGRO
                          hf_model, weight)
 from oracle import oracle
 
-from cache import KVCache
+from batch import next_plan
+from cache import KVCache, pack, unpack
 from frequencies import FREQUENCIES
 from geometry import METHODS
 from config import Config
+from generate import prefill
 from model import Llama, by_rows, load, load_model
 from plan import Plan, Region
+from positions import Method
 
 GOLDEN = json.loads(GOLDEN.read_text(encoding="utf-8"))
 
@@ -45,20 +48,23 @@ def error(got, want):
 
 
 def reference(model, tokens, attention):
-    """Logits of a LLaMA (no biases, no tied head) as its paper has it, in float64; attention(layer, q, k, v)."""
+    """Logits of a LLaMA (no tied head) as its paper has it, in float64, and of its relatives with biases of q, k and v
+    and with norms of q and k; attention(layer, q, k, v)."""
     c, w = model.config, {name: p.double() for name, p in model.named_parameters()}
 
     def norm(x, name):
         return x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * w[name]
 
     def heads(x, name):
-        return (x @ w[name].T).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
+        x = x @ w[f"{name}_proj.weight"].T + w.get(f"{name}_proj.bias", 0)
+        x = x.unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
+        return norm(x, f"{name}_norm.weight") if f"{name}_norm.weight" in w else x
 
     x = w["model.embed_tokens.weight"][tokens]
     for layer in range(c.num_hidden_layers):
         at = f"model.layers.{layer}."
         h = norm(x, at + "input_layernorm.weight")
-        q, k, v = (heads(h, f"{at}self_attn.{name}_proj.weight") for name in "qkv")
+        q, k, v = (heads(h, f"{at}self_attn.{name}") for name in "qkv")
         out = attention(layer, q, k, v).transpose(1, 2).flatten(2)
         x = x + out @ w[at + "self_attn.o_proj.weight"].T
         h = norm(x, at + "post_attention_layernorm.weight")
@@ -277,6 +283,26 @@ def test_other_kinds_of_models(kind, cut):
         assert error(model(TOKENS, plan_maker(plain, method, 40)(0, 50)), want) > 1e-3, method
 
 
+@torch.inference_mode()
+def test_biases_norms_and_layers_of_other_families(cut):
+    """The method governs the first layer alone; the second has a window, and no positions."""
+    model = random_model(qkv_bias=True, qk_norm=True, layer_methods=("", "sliding:window=12:freq=nope"))
+    plan = plan_maker(model, "mesa", 40)
+    mesa, local = plan(0, 50)
+    assert len(mesa.regions) == 3 and local.inv_freq is None and int(local.regions[0].start[49]) == 38
+    want = reference(model, TOKENS, by_oracle(mesa, local))
+    for impl in ("auto", "dense", "tiled"):
+        assert error(model(TOKENS, plan(0, 50), impl=impl), want) < 1e-5
+    assert error(in_pieces(model, TOKENS, cut(50), plan), want) < 1e-5
+    for part in ("q_proj.bias", "k_proj.bias", "v_proj.bias", "q_norm.weight", "k_norm.weight"):
+        parameter = model.get_parameter(f"model.layers.1.self_attn.{part}")
+        parameter[::3] += 1  # each makes a difference
+        assert error(model(TOKENS, plan(0, 50)), want) > 1e-3, part
+        parameter[::3] -= 1
+    with pytest.raises(ValueError, match="not of 2 layers"):
+        random_model(layer_methods=("",))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the cache
 
@@ -301,6 +327,74 @@ def test_decoding_may_change_its_method_and_be_cut_back():
         plan = plan_maker(model, method, 50, **params)(t, t + 1)
         got, want = (model(torch.tensor([[token]]), plan, c) for c in (cache, fresh))
         assert error(got, want) < 1e-5, (method, t)
+
+
+FORGETFUL = ["streaming-llm", "streaming-llm:sinks=2:recent=20:freq=yarn", "lm-infinite", "sliding:window=30",
+             "chunked:chunk=32", "sliding:window=5:freq=alibi:attn-scale=logn"]
+
+
+@pytest.mark.parametrize("method", FORGETFUL)
+@torch.inference_mode()
+def test_a_cache_that_forgets_gives_the_logits_of_one_that_does_not(method):
+    """A prompt in pieces of 50, and 150 tokens decoded; what it holds is what is seen and a piece, doubled at most."""
+    model = random_model()
+    method = Method.parse(method)
+    tokens = TOKENS.repeat(1, 8)[:, :400]
+    want = model(tokens, plan_maker(model, method, 250)(0, 400))
+    logits, cache = prefill(model, tokens[:, :250], method, room=8, chunk=50)
+    got = [logits]
+    for t in range(250, 400):
+        got.append(model(tokens[:, t:t + 1], next_plan(model, method, 250, cache), cache)[:, 0])
+    assert error(torch.stack(got, 1), want[:, 249:]) < 1e-5
+    assert len(cache) == 400 and cache.k[0].shape[2] <= 130
+    with pytest.raises(ValueError, match="query 400 sees a key that the cache has forgotten"):
+        model.plan("rope", n=250, i=torch.tensor([400]), j=cache.indices(new=1))
+
+
+@pytest.mark.parametrize("cache_dtype, bound", [("bfloat16", 0.03), ("int8", 0.05)])
+@torch.inference_mode()
+def test_a_cache_of_fewer_bytes(cache_dtype, bound, cut):
+    """Near the logits of a whole one, and the same whatever the pieces; it grows and forgets as any other."""
+    model, plain = random_model(cache_dtype=cache_dtype), random_model()
+    for method in ("mesa", "streaming-llm:recent=20"):
+        plan = plan_maker(model, method, 40)
+        want = model(TOKENS, plan(0, 50))
+        got = in_pieces(model, TOKENS, [(0, 50)], plan)
+        assert 0 < error(got, want) < bound
+        assert error(in_pieces(model, TOKENS, cut(50), plan), got) < 1e-5
+        logits, cache = prefill(model, TOKENS, Method.parse(method), chunk=13)
+        whole, other = prefill(plain, TOKENS, Method.parse(method), chunk=13)
+        assert 0 < error(logits, whole) < bound and len(cache.kept) == len(other.kept)
+        assert cache.k[0].nbytes <= other.k[0].nbytes * (0.5 if cache_dtype == "bfloat16" else 12 / 32)
+
+
+def test_int8_rows_of_a_cache():
+    """A scale for every token and head, and nothing lost but rounding; zeros stay zeros."""
+    x = torch.randn(2, 3, 5, 8) * torch.tensor([1e-3, 1.0, 1e4])[:, None, None]
+    x[0, 0, 0] = 0
+    rows = pack(x, torch.int8)
+    assert rows.dtype == torch.int8 and rows.shape == (2, 3, 5, 12)
+    assert ((unpack(rows, torch.float32) - x).abs() <= x.abs().amax(-1, keepdim=True) / 253).all()
+    assert pack(x, None) is x and unpack(x, torch.float32) is x
+    with pytest.raises(ValueError, match="int9.*int8"):
+        KVCache(Config(**{**SIZES, "cache_dtype": "int9"}))
+
+
+@torch.inference_mode()
+def test_a_cache_that_has_forgotten_is_cut_back_where_it_can_be():
+    """To where it last forgot, as nothing before has been seen by what comes then; else to nothing."""
+    model = random_model()
+    method = Method.parse("streaming-llm:recent=20")
+    want = model(TOKENS, plan_maker(model, method, 50)(0, 50))[:, 40:]
+    for length in (40, 43, 49):
+        _, cache = prefill(model, TOKENS, method, chunk=20)
+        assert cache.until == 40 and cache.kept.tolist() == [0, 1, 2, 3, *range(20, 40)]
+        cache.cut(length)
+        assert len(cache) == length
+        plan = model.plan(method, n=50, i=torch.arange(length, 50), j=cache.indices(new=50 - length))
+        assert error(model(TOKENS[:, length:], plan, cache), want[:, length - 40:]) < 1e-5
+    cache.cut(39)
+    assert len(cache) == 0 and error(prefill(model, TOKENS, method, cache=cache)[0], want[:, -1]) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------

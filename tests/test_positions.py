@@ -73,6 +73,42 @@ def test_any_cut_gives_the_same_rows(method, cut):
             assert whole.inv_freq is None or torch.equal(piece.inv_freq, whole.inv_freq)
 
 
+def config_of(L):
+    """What Method asks of a Config."""
+    return SimpleNamespace(train_len=L, freq="rope", freq_params={}, head_dim=8, num_attention_heads=4, rope_theta=1e4,
+                           cosine_attention=None, rotary_dim=None, interleaved=False)
+
+
+SHORT_SIGHTED = {"streaming-llm:sinks=2:recent=20": 22, "lm-infinite": 42, "sliding:window=9": 8, "chunked:chunk=8": 7}
+
+
+@pytest.mark.parametrize("text", [*METHODS, *SHORT_SIGHTED])
+def test_later_keys_are_those_that_a_later_query_sees(text):
+    """Against the plan of all tokens, 300 decoded ones among them; with these keys alone a plan has the same distances.
+    Most methods always see the first key, and all that follow; for some it stays at a few."""
+    method = Method.of(text, **needed(text, 8))
+    config = config_of(32)
+    for n in (20, 70, 150):
+        every = torch.arange(n + 300)
+        d = distance(method.plan(config, n, every, every))
+        for now in (1, 2, 33, n - 1, n, n + 130):
+            kept = torch.zeros(now, dtype=torch.bool)
+            for start, stop in method.later_keys(config, n, now):
+                kept[start:stop] = True
+            assert torch.equal(kept, (~d[now:, :now].isnan()).any(0)), (n, now)
+            assert int(kept.sum()) <= SHORT_SIGHTED.get(text, now)
+            i = torch.arange(now, now + 40)
+            j = torch.cat((kept.nonzero()[:, 0], i))
+            assert same(distance(method.plan(config, n, i, j)), d[i][:, j])
+
+
+def test_the_worked_example_of_later_keys():
+    method = Method.parse("streaming-llm:sinks=2:recent=4")
+    assert method.later_keys(config_of(32), 12, 9) == [(0, 2), (5, 9)]
+    with pytest.raises(ValueError, match="rope: query 9 sees a key that the cache has forgotten"):
+        Method("rope").plan(config_of(32), 12, torch.tensor([9]), torch.tensor([0, 1, 5, 9]))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_tiny_training_lengths_work_or_say_why(method):
     """Defaults in proportion to L meet their floor here. Either a sound plan or a ValueError, never a crash or nan."""
@@ -238,11 +274,13 @@ def test_wrong_sizes_are_named(name, values):
 @pytest.mark.parametrize("method, settings", {
     "rope": "freq=ropey freq=mesa attn-scale=cosscale window=4 n=5 method=mesa clamp=true",
     "rerope": "windw=4 window=0 window=-4 window=2.5 window=four", "leaky-rerope": "window=0 k=0 k=-2.0",
-    "self-extend": "group=0 group=2.5 window=0", "dca": "chunk=0 top=0 top=4", "string": "shift=0 window=2.5",
+    "self-extend": "group=0 group=2.5 window=0", "dca": "chunk=0 top=0 top=4 fit=gpt2", "string": "shift=0 window=2.5",
     "streaming-llm": "recent=0 sinks=x", "lm-infinite": "local=0 sinks=0 cap=6", "stair": "linear=0 width=0",
-    "lampe": "mapping=0 head=0 tail=-2 fit=gpt2 fit=[1] logit_factor=0", "infoscale": "clamp=0",
+    "lampe": "mapping=0 head=0 tail=-2 fit=gpt2 fit=[1] logit_factor=0 sigmoid=[1,2] sigmoid=3 "
+             "sigmoid=[0,1,9] sigmoid=[1,true,9] sigmoid=[1,1e3,9] sigmoid=[1,1,0]", "infoscale": "clamp=0",
     "logn": "power=0", "cosscale": "cosine=true",
-    "mesa": "first=0 chunk=-1 chunk=8 last=0 linear=0 width=1.5 reserve=-1 margin=-1 remainder=x overlap=-1 overlap=6",
+    "mesa": "fit=gpt2 "
+            "first=0 chunk=-1 chunk=8 last=0 linear=0 width=1.5 reserve=-1 margin=-1 remainder=x overlap=-1 overlap=6",
     "mrrope": "factor=0 beta_fast=-1 beta_slow=0", "p-rope": "partial_rotary_factor=0 partial_rotary_factor=2 factor=0",
     "cope-clip": "clip_low_n=0 clip_low_n=2.5 hard=1", "giraffe": "truncate_pos=0", "abf": "rope_theta=0",
     "resonance": "on=3 on=ropey", "ssmax": "s=0", "llama4": "floor_scale=0 beta=big", "chunked": "chunk=0",

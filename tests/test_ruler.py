@@ -146,6 +146,19 @@ def test_table_and_effective_length(grid, monkeypatch):
     assert below.splitlines()[-1].endswith("| 320 |")
 
 
+def test_seeds_and_the_tasks_of_five_digits(tmp_path):
+    """Every seed has rows of its own; the means get the standard deviation over seeds, worked by hand."""
+    args = ("--tasks", "passkey,kv", "--methods", "rope", "--lengths", "256", "--samples", "3", "--seed", "0,1")
+    code, out, _ = run(eval_ruler, *args, "--results", tmp_path / "r.jsonl")
+    rows = rows_of(tmp_path / "r.jsonl")
+    assert code == 0 and len(rows) == 12 and len({row["answer"] for row in rows if row["task"] == "passkey"}) == 6
+    assert all(row["tokens"] == 248 and len(row["references"][0]) == 5 for row in rows)
+    by_seed = [100 * sum(row["score"] for row in rows if row["seed"] == seed) / 6 for seed in (0, 1)]
+    mean, spread = sum(by_seed) / 2, abs(by_seed[0] - by_seed[1]) / 2 ** 0.5
+    assert f"| rope | {mean:.1f} ± {spread:.1f} |" in out
+    refused(eval_ruler, (*args, "--write", tmp_path / "w"), "made of tokens", tmp_path / "x.jsonl")
+
+
 def test_an_interrupted_run_ends_with_the_same_rows(grid, tmp_path):
     file = tmp_path / "r.jsonl"
     file.write_bytes(b"".join(grid[0].read_bytes().splitlines(keepends=True)[:7])[:-30])

@@ -10,10 +10,8 @@ import torch
 import show
 from cli import run_command
 from frequencies import FREQUENCIES, rope
-from generate import decode, prefill, sample
 from geometry import METHODS, full
 from config import Config
-from model import Llama
 from plan import distance
 from positions import Method, make_plan
 
@@ -149,18 +147,17 @@ def test_warnings_of_what_a_model_was_not_trained_for(fields, method, words):
 def test_explain():
     """Of 300 tokens, seen by Mesa with a first chunk of 5: the picture is that of this plan."""
     config, method = config_of(64), Method.of("mesa", first=5)
-    lines = show.explain(config, method, 300, new=12, dtype=torch.bfloat16).splitlines()
+    lines = show.explain(config, method, 300).splitlines()
     plan = method.plan(config, 300)
-    assert lines[:9] == [
+    assert lines[:8] == [
         "mesa:first=5: prompt of 300 tokens, training length 64 (4.69 times)",
         *show.describe(plan, 300),
         f"attention scale: 1.000 to {float(plan.q_scale.max()):.3f}",
         "reach of a prompt with these parameters: no limit below 2^20 tokens",
-        show.memory_text(config, method, 300, 12, torch.bfloat16),
         "24 of the 300 tokens, evenly spread: how far from each are those before it"]
     tokens = [round(k * 299 / 23) for k in range(24)]
     whole = distance(plan)[tokens][:, tokens].tolist()
-    assert [line.split() for line in lines[9:]] == [[show.cell(x) for x in row[:k + 1]] for k, row in enumerate(whole)]
+    assert [line.split() for line in lines[8:]] == [[show.cell(x) for x in row[:k + 1]] for k, row in enumerate(whole)]
 
 
 def test_explain_of_a_short_prompt_says_what_config_json_says():
@@ -169,21 +166,6 @@ def test_explain_of_a_short_prompt_says_what_config_json_says():
     assert text.startswith("yarn: prompt of 5 tokens, training length 64 (0.0781 times)")
     assert "logits times 1.296" in text and "parameters that follow its length: 256 tokens" in text
     assert text.splitlines()[-5:] == [" 0", " 1 0", " 2 1 0", " 3 2 1 0", " 4 3 2 1 0"]
-
-
-@pytest.mark.parametrize("method", ["rope", "nope", "rerope", "self-extend", "nope:cosine=8.0"])
-def test_the_memory_of_the_cache_is_what_decoding_fills(method):
-    """Keys, values and their rotated copies of 150 tokens, in all layers, without the room for more."""
-    model, method, n, new = Llama(config_of(64)), Method.parse(method), 140, 11
-    logits, cache = prefill(model, torch.ones(1, n, dtype=torch.long), method)
-    list(decode(model, logits, cache, method, n, sample, new))
-    T = len(cache)
-    copies = [copy for layer in cache.copies for copy in layer if len(copy.positions) == T]
-    held = sum(x[:, :, :T].numel() for x in (*cache.k, *cache.v))
-    rotated = sum(copy.keys[:, :, :T].numel() for copy in copies)
-    last = show.last_query_plan(model.config, method, n, n + 1)
-    keys = show.key_count(model.config, T)
-    assert held == 2 * keys and rotated == show.rotated_copies(last) * keys
 
 
 # ---- mistakes

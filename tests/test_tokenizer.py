@@ -179,6 +179,24 @@ def test_tokenizer_json(tmp_path):
     assert "".join(tokenizer.stream([2, 3])) == tokenizer.decode([2, 3]) == "hello world"
 
 
+def test_whether_a_text_begins_with_a_bos(tmp_path):
+    """config.json may name a BOS that texts do not begin with, as Qwen's does: the tokenizer's files decide."""
+    tokenizers = pytest.importorskip("tokenizers")
+    shutil.copy(SHIPPED / "tokenizer.model", tmp_path)
+    for settings, bos in (({}, 1), ({"add_bos_token": True, "bos_token": "<s>"}, 1), ({"add_bos_token": False}, None),
+                          ({"bos_token": None}, None)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        assert load_tokenizer(tmp_path, bos_id=1).bos_id == bos
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "a": 2}, "<unk>"))
+    for processor, bos in ((None, 1), (tokenizers.processors.ByteLevel(), None)):
+        if processor:
+            core.post_processor = processor
+        core.save(str(tmp_path / "tokenizer.json"))
+        assert load_tokenizer(tmp_path, bos_id=1).bos_id == bos
+
+
 def test_special_tokens_of_a_tokenizer_json(tmp_path):
     """Bytes merged to "hi", and a special token, which the package would find in any text."""
     tokenizers = pytest.importorskip("tokenizers")

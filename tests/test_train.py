@@ -118,6 +118,20 @@ def test_ruler_rows_are_drawn_from_what_the_evaluation_leaves(corpus):
     assert seen == set(train.MIXES["ruler"])
 
 
+def test_needles_said_again_stand_in_the_prompt_and_their_values_count():
+    tokenizer = load_tokenizer(TINY, 1)
+    text = "The magic number of red-ant is 12345.\nThe grass.\nThe magic number of old-bee is 67890.\nWhat is"
+    prompt = RulerPrompt([], text, ["12345"], "12345.", "niah_multikey_1")
+    again = train.needles_again(random.Random(0), tokenizer, prompt, 200)
+    needles = sorted(tokenizer.decode(again.ids).replace(". The", ".\nThe").splitlines())
+    assert needles == sorted(text.split("\n")[0:3:2])
+    counted = [token for token, weight in zip(again.ids, again.weights) if weight == 4.0]
+    assert sorted(tokenizer.decode(counted).replace(" ", "").split(".")) == ["", "12345", "67890"]
+    one = len(tokenizer.encode("The magic number of red-ant is 12345.", bos=False))
+    assert len(train.needles_again(random.Random(0), tokenizer, prompt, one).ids) <= one
+    assert not train.needles_again(random.Random(0), tokenizer, prompt, 5).ids
+
+
 def test_an_answer_that_may_be_in_any_order_is_in_that_of_the_text():
     prompt = RulerPrompt([], "first 222, then 111, and 333", ["111", "222", "333"], "111, 222, and 333.", "")
     prompt.task = "niah_multivalue"
