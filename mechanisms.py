@@ -65,6 +65,11 @@ def make_trials(tokenizer, task, n, count, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # dilution: what one head gives to the needle
 
+def dilution_methods(config, lengths):
+    """The methods of `dilution`: ReRoPE also without its log-n, which is there to undo dilution."""
+    return ["rope", "yarn", "rerope", "rerope:attn-scale=none", "self-extend", "mesa"]
+
+
 def choose_head(model, tokenizer, task, L, seed):
     """(layer, head), both from 0: of all heads the one that gives most attention to the needle, on average.
 
@@ -178,12 +183,13 @@ def rows_have_wrong(groups):
 def resolution_methods(config, lengths):
     """Mesa by the width of its stairs, Self-Extend by group, ReRoPE by window, as texts, for the prompts' length.
 
-    Steps and groups go from half of n/L, which puts the first tokens beyond the window, to 128 times n/L: of a prompt
-    of 16 windows a step then holds 8 of them. All three with log-n, so that only resolution differs.
+    Steps and groups go from half of n/L, which puts the first tokens beyond the window, to half of the prompt. All
+    three with log-n, so that only resolution differs.
     """
     L = config.train_len
-    fold = max(lengths[0] // L, 1)
-    steps = [max(fold * half // 2, 2) for half in (1, 2, 4, 8, 16, 64, 256)]
+    n = lengths[0]
+    fold = max(n // L, 1)
+    steps = sorted(max(step, 2) for step in (fold // 2, fold, 2 * fold, 4 * fold, 8 * fold, n // 8, n // 2))
     windows = [max(L // part, 1) for part in (32, 16, 8, 4, 2, 1)]
     texts = [f"mesa:width={step}" for step in steps]
     texts += [f"self-extend:group={step}:attn-scale=logn" for step in steps]
@@ -277,6 +283,14 @@ def seen_share(plan, span):
     return seen / (last + 1 - first)
 
 
+def middle_methods(config, lengths):
+    """What does not see the middle, what does, and between them ReRoPE (but for log-n) that sees, of what is beyond its
+    window, the first half of the prompt alone: nothing else about it differs."""
+    near = max(config.train_len // 4, 1)
+    half = f"lm-infinite:local={near}:cap={near}:sinks={max(lengths[0] // 2, 1)}"
+    return ["streaming-llm", "lm-infinite", half, "rerope", "mesa"]
+
+
 def middle_table(rows, methods, lengths, L):
     """Markdown, depths x methods, of accuracy and the share of the needle that is seen; below it accuracy where the
     last token sees the needle whole, in part and not at all."""
@@ -303,8 +317,8 @@ def seen_texts(rows):
 
 def plot_middle(rows, methods, lengths, L):
     """A figure with a panel for each method: accuracy by depth, over the share of the needle that is seen, in grey."""
-    columns = min(len(methods), 4)
-    figure = new_figure(3.3 * columns, 3.2 * math.ceil(len(methods) / columns))
+    columns = min(len(methods), 5)
+    figure = new_figure(2.9 * columns, 3.2 * math.ceil(len(methods) / columns))
     grid = figure.subplots(math.ceil(len(methods) / columns), columns, squeeze=False).flatten()
     for axes, method in zip(grid, methods):
         groups = {}
@@ -316,7 +330,7 @@ def plot_middle(rows, methods, lengths, L):
         axes.plot([(cell + 0.5) / CELLS for cell in cells], [accuracy(groups[cell]) for cell in cells],
                   color=COLOURS[1], marker="o", markersize=4, label="accuracy")
         axes.set(xlim=(0, 1), ylim=(-0.03, 1.06), xlabel="depth of the needle")
-        axes.set_title(method, fontsize=9)
+        axes.set_title(method, fontsize=8)
     for axes in grid[len(methods):]:
         axes.axis("off")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
@@ -348,21 +362,12 @@ class Asked:
     lengths: list[int]
 
 
-def fixed(*texts):
-    """The default methods of a section where they do not depend on model and length."""
-    def methods(config, lengths):
-        return texts
-    return methods
-
-
 SECTIONS = {
-    "dilution": Section(("passkey", "kv"), (1, 2, 4, 8, 16, 32), 12,
-                        fixed("rope", "yarn", "rerope", "rerope:attn-scale=none", "self-extend", "mesa"),
+    "dilution": Section(("passkey", "kv"), (1, 2, 4, 8, 16, 32), 12, dilution_methods,
                         dilution_rows, dilution_table, plot_dilution, wants_head=True),
     "resolution": Section(("passkey", "kv"), (16,), 16, resolution_methods,
                           answer_rows, resolution_table, plot_resolution),
-    "middle": Section(("passkey",), (8,), 160, fixed("streaming-llm", "lm-infinite", "mesa", "rerope"),
-                      answer_rows, middle_table, plot_middle),
+    "middle": Section(("passkey",), (8,), 160, middle_methods, answer_rows, middle_table, plot_middle),
 }
 
 

@@ -8,8 +8,8 @@ import torch
 import mechanisms
 from cli import run_command
 from config import Config
-from mechanisms import (choose_head, dilution_rows, largest_distance, make_trials, mass, resolution_methods, seen_share,
-                        swept)
+from mechanisms import (choose_head, dilution_rows, largest_distance, make_trials, mass, middle_methods,
+                        resolution_methods, seen_share, swept)
 from model import Llama, load
 from oracle import oracle
 from plan import distance
@@ -134,6 +134,16 @@ def test_the_share_that_is_seen_is_the_plans(tiny, method):
         assert shares == [1.0] * 7
     else:
         assert shares[3] == 0 and 0 < shares[4] < 1 and shares[5] == 1
+
+
+def test_rerope_that_sees_half_of_the_prompt(tiny):
+    """Every distance is ReRoPE's; of the keys beyond its window the first 300 are seen."""
+    config = tiny[0].config
+    half = distance(Method.parse(middle_methods(config, [600])[2]).plan(config, 600))
+    whole = distance(Method("rerope").plan(config, 600))
+    seen = ~half.isnan()
+    assert torch.equal(half[seen], whole[seen])
+    assert seen[-1].nonzero()[:, 0].tolist() == [*range(300), *range(600 - 64, 600)]
 
 
 def test_needles_fall_into_the_cells_of_their_depth(tiny):
