@@ -21,6 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import hf
 from cli import (Results, accuracy, counts, markdown, method_list, methods_asked, model_settings, new_parser, number,
                  open_checkpoint, place, run_command, say, select, settings_line)
@@ -29,7 +31,7 @@ from model import load_model
 from plan import farthest
 from plots import COLOURS, draw_curves, highlighted
 from positions import Method
-from show import figure_class, last_query_plan, length_axis, new_figure, save, say_warnings
+from show import figure_class, length_axis, new_figure, save, say_warnings
 from tasks import TASKS, answer_text, passkey_prompt, random_digits, record_prompt
 from tracing import prompt_case, trace
 
@@ -214,7 +216,7 @@ def answer_rows(args, model, tokenizer, trials, method, head):
     rows = []
     for trial, answer, logp in zip(trials, answers, logps):
         n = len(trial.prompt.ids)
-        plan = last_query_plan(model.config, method, n, n)
+        plan = last_token_plan(model.config, method, n)
         rows.append({"answer": answer, "cell": trial.cell, "correct": answer == trial.prompt.answer,
                      "logp": round(logp, 3),
                      "seen": round(seen_share(plan, trial.prompt.span), 4),
@@ -269,6 +271,11 @@ def plot_resolution(rows, methods, lengths, L):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # middle: what the last token sees
+
+def last_token_plan(config, method, n):
+    """The plan of the last token of a prompt of n, over all of them."""
+    return method.plan(config, n, torch.tensor([n - 1]), torch.arange(n))
+
 
 def seen_share(plan, span):
     """The share of the tokens first..last of a span that the last query of a plan sees.
@@ -470,7 +477,7 @@ def check(args, config, tokenizer):
         for task, n in itertools.product(asked.tasks, asked.lengths):
             make_trials(tokenizer, task, n, 1, args.seed)
         for method, n in itertools.product(methods, asked.lengths):
-            last_query_plan(config, method, n, n)
+            last_token_plan(config, method, n)
             if name == "resolution":
                 swept(method)
         if name != "resolution":

@@ -9,12 +9,11 @@ import mechanisms
 from cli import run_command
 from config import Config
 from mechanisms import (choose_head, dilution_rows, largest_distance, make_trials, mass, middle_methods,
-                        resolution_methods, seen_share, swept)
+                        last_token_plan, resolution_methods, seen_share, swept)
 from model import Llama, load
 from oracle import oracle
 from plan import distance
 from positions import Method
-from show import last_query_plan
 from tracing import Trace, prompt_case
 
 CONFIG = Config(vocab_size=1024, hidden_size=64, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
@@ -124,7 +123,7 @@ def test_what_is_swept(tiny):
 def test_the_share_that_is_seen_is_the_plans(tiny, method):
     """That of finite distances in the last row of the distance matrix, for spans seen whole, cut and unseen."""
     config = tiny[0].config
-    plan = last_query_plan(config, Method(method), 600, 600)
+    plan = last_token_plan(config, Method(method), 600)
     seen = ~distance(plan)[0].isnan()
     shares = []
     for span in [(0, 9), (2, 25), (8, 40), (200, 225), (330, 360), (560, 599), (599, 599)]:
