@@ -1,7 +1,7 @@
 """What plots are made of, on matplotlib's axes: curves that are named where they end, and strips of attention.
 
 Does: choose which of many methods get a colour, keep their names apart, draw. Does not: open figures or measure
-(show.py has every plot).
+(show.py and mechanisms.py have the plots).
 
     draw_curves(axes, curves, highlighted(curves))      # curves {method: (xs, ys)}
 """
@@ -66,7 +66,7 @@ def draw_curves(axes, curves, chosen):
     for (method, colour), height in zip(ends, label_heights(axes, ends.values())):
         axes.annotate(method, ends[method, colour], xytext=(1.03, height), textcoords="axes fraction", color=colour,
                       fontsize=8, va="center", annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5})
+                      arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "relpos": (0, 0.5)})
 
 
 def label_heights(axes, ends, gap=0.055):

@@ -1,5 +1,5 @@
 """What a method does, in text and in pictures: distances, costs, how far it reaches, what a model looks at with it;
-and every plot of the project.
+and the plots of all evaluations but mechanisms.py.
 
 Does: draw distance matrices, count pairs, find the longest prompt that stays within the training length,
 warn of longer ones, plot the results of the evaluations. Does not: run a model, but for --trace, by tracing.py.

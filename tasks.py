@@ -18,6 +18,7 @@ class Prompt:
     answer: str             # the five digits
     span: tuple[int, int]   # the first and the last token of the needle, or of the entry, that holds the answer
     task: str               # one of TASKS
+    others: tuple = ()      # the same of every other entry of a record
 
 
 @dataclass
@@ -155,9 +156,9 @@ def record_prompt(tokenizer, task, n, depth, rng):
 
     body = joined(found)
     padding = cycled(tokenizer.encode(FILLER, bos=False), n - len(head) - len(body) - len(question))
-    first = len(head) + len(padding) + len(joined(found[:number]))
-    span = (first, first + len(asked.ids) - 1)
-    return Prompt(head + padding + body + question, asked.value, span, task)
+    others = entry_spans(found, len(head) + len(padding))
+    span = others.pop(number)
+    return Prompt(head + padding + body + question, asked.value, span, task, tuple(others))
 
 
 def entries(tokenizer, task, room, rng, names=None):
@@ -181,6 +182,15 @@ def entries(tokenizer, task, room, rng, names=None):
         if room < 0:
             break
         found.append(entry)
+    return found
+
+
+def entry_spans(entries, first):
+    """(first, last) token of every entry, the first of which begins at token `first`."""
+    found = []
+    for entry in entries:
+        found.append((first, first + len(entry.ids) - 1))
+        first += len(entry.ids)
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attention import attend_dense
 from cache import KVCache
-from tasks import passkey_prompt
+from tasks import answer_text, passkey_prompt
 
 BARS = "▁▂▃▄▅▆▇█"   # shares of attention as text, from none to all
 COLUMNS = 72        # characters of a strip as text
@@ -120,14 +120,18 @@ def look(model, token, plans, cache):
 # prompts
 
 def passkey_case(tokenizer, n, depth=0.3):
-    """The Case of a passkey prompt of n tokens, and of the answer what comes before its first digit.
+    """The prompt_case of a passkey prompt of n tokens."""
+    return prompt_case(tokenizer, passkey_prompt(tokenizer, n, depth))
+
+
+def prompt_case(tokenizer, prompt):
+    """The Case of a Prompt, and of its answer what comes before the first digit.
 
     Many tokenizers write a space before it: that token then is the one that looks for the digit.
     """
-    prompt = passkey_prompt(tokenizer, n, depth)
-    answer = tokenizer.encode(prompt.answer, bos=False)
+    answer = tokenizer.encode(answer_text(prompt.task, prompt.answer), bos=False)
     begin = next(place for place, token in enumerate(answer) if any(c.isdigit() for c in tokenizer.decode([token])))
-    return Case(prompt.ids + answer[:begin], n, prompt.span, answer[begin])
+    return Case(prompt.ids + answer[:begin], len(prompt.ids), prompt.span, answer[begin])
 
 
 def text_case(tokenizer, text, needle=None):

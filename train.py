@@ -15,11 +15,14 @@ doing of the extrapolation method. (finetune.py trains a checkpoint further, at 
     python train.py --out start --cosine 16 --store bfloat16 --steps 2000 --grow 1000
     python train.py --out middle --init start --steps 1200 --grow 100 --lr 1.5e-3
     python train.py --out checkpoints/tiny --init middle --steps 1000 --warmup 50 --grow 1 --lr 2e-3
-    python train.py --out checkpoints/tiny-ruler --init checkpoints/tiny --mix ruler --steps 2600 --warmup 50 --grow 1 \
-        --lr 2e-3
+    python train.py --out ruler --init checkpoints/tiny --mix ruler --steps 2600 --warmup 50 --grow 1 --lr 2e-3
+    python train.py --out checkpoints/tiny-ruler --init ruler --mix ruler --steps 4600 --warmup 50 --grow 1 --lr 1.5e-3
     python train.py --out checkpoints/tiny-cosine --init start --cosine 16 --store bfloat16 --steps 600 --grow 100
     python train.py --out checkpoints/tiny-nope --position nope --store bfloat16 --steps 2000 --grow 1000
     torchrun --nproc-per-node 2 train.py --out mine
+
+(Each training.json has the date of its run: the first three lines, `ruler` and the siblings were made by earlier forms
+of this file, whose batches differed; tiny-ruler's has the record of `ruler` too.)
 
 Letters: B rows of a batch, T tokens that the model reads in each row; a row holds T + 1 ids, the last only to predict.
 """
@@ -45,7 +48,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 
 import ruler_tasks
-from checkpoint import ENCODINGS, UNFINISHED
+from checkpoint import ENCODINGS, UNFINISHED, read_json
 from cli import number, plain_parser, run_command, say, settings_line
 from config import Config
 from model import Llama, load_model
@@ -673,7 +676,7 @@ def make_tokenizer(args, documents):
 
 
 def write_record(args, argv, model, corpus, curve):
-    """Write training.json: how the weights were made."""
+    """Write training.json: how the weights were made; where they started from others, the record of those too."""
     words = sys.argv[1:] if argv is None else argv
     write_json(args.out / "training.json", {
         "command": " ".join(["python", "train.py", *words]),
@@ -682,7 +685,13 @@ def write_record(args, argv, model, corpus, curve):
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "sentencepiece": sentencepiece.__version__},
         "curve_is": "means since the last entry: nats per token of prose, share of right digits in answers by task",
-        "curve": curve})
+        "curve": curve, **record_of(args.init)})
+
+
+def record_of(init):
+    """{"started_from": the record of a checkpoint}, {} where there is no checkpoint or no record."""
+    file = None if init is None else Path(init) / "training.json"
+    return {"started_from": read_json(file)} if file and file.is_file() else {}
 
 
 def run(argv=None, ranks=ALONE):

@@ -106,7 +106,7 @@ def test_pieces_and_decoding_are_one_pass(models, cut):
         logits, cache = prefill(ours, ids[:, :60], asked, chunk=17)
         assert close(logits, whole[:, 59])
         for t in range(60, T):
-            plan = ours.plan(method, n=60, i=torch.tensor([t]), j=torch.arange(t + 1))
+            plan = ours.plan(method, n=60, i=torch.tensor([t]), j=cache.indices(new=1))
             assert close(ours(ids[:, t:t + 1], plan, cache)[:, 0], whole[:, t])
 
 

@@ -278,7 +278,7 @@ def test_generate_py_takes_the_folder(folders, capsys):
     assert said.out.split() == tokenizer.decode(tokens).split()
     assert run([*flags, "--explain"]) == 0
     said = capsys.readouterr().out
-    assert "layers: 2 by sliding:window=9, 2 by the method" in said and "in their file" in said
+    assert "layers: 2 by sliding:window=9, 2 by the method" in said and "memory: about" in said
     for flag, words in ((["--compile"], "--compile is not there"), (["--quantize", "int8"], "--quantize is for")):
         with pytest.raises(ValueError, match=words):
             run([*flags, *flag])

@@ -146,6 +146,10 @@ def test_a_record_is_exact_full_and_asks_for_one_entry(tokenizer, task, n, depth
     assert re.findall(ENTRY[task], asked_for(tokenizer, prompt)) == [(name, value)]
     assert prompt.answer == value and text.endswith(ENDING[task].format(name=name))
 
+    others = [tokenizer.decode(prompt.ids[first:last + 1]) for first, last in prompt.others]
+    del found[round(depth * (len(found) - 1))]
+    assert [re.findall(ENTRY[task], other) for other in others] == [[entry] for entry in found]
+
 
 def test_a_record_too_short_for_an_entry(words):
     with pytest.raises(ValueError, match="20 tokens are too few for a prompt of the task lines"):

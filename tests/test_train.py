@@ -219,6 +219,8 @@ def test_init_starts_from_a_checkpoint(finished, tmp_path):
     start = ["--init", str(finished)]
     train.run(["--out", str(tmp_path / "next"), *SMALL, *start, "--steps", "1"])
     assert (tmp_path / "next" / "tokenizer.model").read_bytes() == (finished / "tokenizer.model").read_bytes()
+    before, after = [json.loads((folder / "training.json").read_text()) for folder in (finished, tmp_path / "next")]
+    assert "started_from" not in before and after["started_from"] == before
     for flags, named in ((["--width", "32"], "shapes"), (["--rope-theta", "10000"], "rope-theta 500")):
         with pytest.raises(ValueError, match=named):
             train.run(["--out", str(tmp_path / "other"), *SMALL, *start, *flags])
