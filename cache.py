@@ -212,7 +212,10 @@ def save_cache(file, cache, ids, settings, note=""):
         tensors[f"v.{layer}"] = cache.v[layer][:, :, :held].contiguous()
     metadata = {"format": "beyond cache", "settings": json.dumps(settings), "ids": ids_hash(ids), "note": note}
     partial = f"{file}.partial"
-    save_file(tensors, partial, metadata)
+    try:
+        save_file(tensors, partial, metadata)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{file}: cannot be written ({error})") from None
     os.replace(partial, file)
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ from single_row import has_compiler
 from tasks import passkey_prompt
 from tokenizer import load_tokenizer, until_stop
 
+LONGEST_DEFAULT = 8192      # tokens of the prompt where none is given: a large model takes minutes for as many
+KEY = "71432"               # that is hidden in it
 
 # ---------------------------------------------------------------------------------------------------------------------
 # running a script
@@ -37,7 +40,9 @@ from tokenizer import load_tokenizer, until_stop
 def run_command(run, name):
     """Run a script and exit with the code that it returns; bad input is one line on stderr, "name: ...", and code 2."""
     try:
-        code = run()
+        with warnings.catch_warnings():
+            warnings.showwarning = say_warning
+            code = run()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout has gone; Python would complain again when it flushes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -48,6 +53,12 @@ def run_command(run, name):
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def say_warning(message, category, file, line, *_):
+    """A warning of ours in one line; others as Python shows them."""
+    ours = Path(file).resolve().parent == Path(__file__).resolve().parent
+    say(f"warning: {message}" if ours else warnings.formatwarning(message, category, file, line), end="\n" * ours)
 
 
 def say(text, end="\n"):
@@ -114,7 +125,8 @@ def number(kind, least, most=float("inf")):
 
 def prompt_flags(flag):
     """Add the flags that say what is continued, and until when."""
-    flag("prompt", help="text to continue; default: a passkey prompt of 8 times the window")
+    flag("prompt", help="text to continue; default: a passkey prompt of 8 times the window, of at most "
+         f"{LONGEST_DEFAULT} tokens")
     flag("prompt-file", action="append", metavar="PATH", help="read the prompt from a UTF-8 file, - for stdin; "
          "repeatable: prompts that are answered together")
     flag("prompt-ids", type=token_ids, metavar="IDS", help="the prompt as token ids, 1,2,3; nothing is added")
@@ -199,7 +211,7 @@ def open_checkpoint(args):
             raise ValueError(f"{path}: --quantize is for families of model.py; transformers quantises by its own means")
         return path, *hf.open_folder(path, args.train_len)
     config = Config.from_hf(path, args.train_len)
-    return path, config, load_tokenizer(path, config.bos_token_id)
+    return path, config, load_tokenizer(path, config.bos_token_id, config.vocab_size)
 
 
 def open_model(args, path, config, dtype, device, tokens=0):
@@ -258,15 +270,17 @@ def read_prompt(args):
 
 
 def prompt_ids(args, text, tokenizer, L, before=()):
-    """Token ids of the prompt of this text, or of a passkey prompt of 8 times the window L; before: ids in front."""
+    """Token ids of the prompt of this text, or of a passkey prompt of 8 times the window L, of at most LONGEST_DEFAULT
+    tokens; before: ids in front."""
     if args.prompt_ids is not None:
         return [*before, *args.prompt_ids]
     if text is not None:
         return [*before, *tokenizer.encode_more(text)] if before else tokenizer.encode(text)
     if before:
         raise ValueError("--load-cache needs a prompt that goes on after it")
-    say(f"no prompt given: a passkey prompt of {8 * L} tokens, 8 times the window; the key is 71432")
-    return passkey_prompt(tokenizer, 8 * L).ids
+    n = min(8 * L, LONGEST_DEFAULT)
+    say(f"no prompt given: a passkey prompt of {n} tokens, {n / L:.3g} times the window; the key is {KEY}")
+    return passkey_prompt(tokenizer, n).ids
 
 
 def cache_settings(args, path, config, method, dtype):
@@ -498,7 +512,7 @@ def read_rows(path):
     for count, line in enumerate(data[:end].splitlines(), 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise ValueError(f"{path}: line {count} is not a result; choose another --results file")

@@ -212,7 +212,7 @@ def load(path, dtype=torch.float32, device="cpu", train_len=None, quantize=None)
     """
     path = find_checkpoint(path)
     config = Config.from_hf(path, train_len)
-    tokenizer = load_tokenizer(path, config.bos_token_id)
+    tokenizer = load_tokenizer(path, config.bos_token_id, config.vocab_size)
     return load_model(path, config, dtype, device, quantize=quantize), tokenizer
 
 
