@@ -135,11 +135,13 @@ def check_layers(layers, stored):
 def check_widths(fields, stored):
     """ValueError, as of read_tensors, where the sizes in a config.json are not those of the tensors stored. Comes
     before a network of these sizes is planned."""
-    hidden, head = fields["hidden_size"], whole("head_dim", fields["head_dim"])
+    hidden = fields["hidden_size"]
+    head = whole("head_dim", fields["head_dim"])
+    key_heads = whole("num_key_value_heads", fields["num_key_value_heads"])
     attention = "model.layers.0.self_attn"
     wanted = {"model.embed_tokens.weight": (fields["vocab_size"], hidden),
               f"{attention}.q_proj.weight": (fields["num_attention_heads"] * head, hidden),
-              f"{attention}.k_proj.weight": (whole("num_key_value_heads", fields["num_key_value_heads"]) * head, hidden),
+              f"{attention}.k_proj.weight": (key_heads * head, hidden),
               "model.layers.0.mlp.gate_proj.weight": (fields["intermediate_size"], hidden)}
     for name in wanted.keys() & stored.keys():
         check_tensor(*stored[name], shapes=wanted)

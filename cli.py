@@ -39,6 +39,7 @@ KEY = "71432"               # that is hidden in it
 
 def run_command(run, name):
     """Run a script and exit with the code that it returns; bad input is one line on stderr, "name: ...", and code 2."""
+    stderr = sys.stderr     # --quiet changes it
     try:
         with warnings.catch_warnings():
             warnings.showwarning = say_warning
@@ -48,11 +49,34 @@ def run_command(run, name):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except (ValueError, OSError, OverflowError) as error:
+        sys.stderr = stderr
         say(f"{name}: {error}")
         code = 2
     except KeyboardInterrupt:
         code = 130
+    sys.stderr = stderr
     sys.exit(code)
+
+
+class WarningsOnly:
+    """In the place of stderr: passes on lines that begin with "warning: ", and drops the rest."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.unfinished = ""
+
+    def write(self, text):
+        *lines, self.unfinished = (self.unfinished + text).split("\n")
+        for line in lines:
+            if line.startswith("warning: "):
+                self.stream.write(f"{line}\n")
+        return len(text)
+
+    def flush(self):
+        self.stream.flush()
+
+    def isatty(self):
+        return False
 
 
 def say_warning(message, category, file, line, *_):
@@ -91,25 +115,44 @@ def new_parser(doc):
     flag("cache-dtype", choices=CACHE_DTYPES, help="hold keys and values in fewer bytes; default: as they are")
     flag("train-len", type=number(int, 1), help="override the training length L of config.json")
     flag("quantize", choices=BITS, help="weights of 8 or 4 bits, see quantized.py; default: as stored")
+    flag("threads", type=number(int, 1, 1024), help="of the CPU; default: as many as it has cores")
+    flag("quiet", action="store_true", help="on stderr only warnings, and what went wrong")
     return parser, flag
 
 
 def plain_parser(doc):
     """(parser, flag) of a script with this docstring; flag("kv-heads") adds --kv-heads, which --kv_heads means too.
 
-    flag("methods", "method") adds one flag with two names; the first names the attribute.
+    flag("methods", "method") adds one flag with two names; the first names the attribute. --help shows the first
+    spelling alone, and the default of every flag that takes a value.
     """
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False,
                                      usage="%(prog)s [flags]; --help lists them")
 
     def flag(*names, **options):
-        spellings = []
-        for name in names:
-            spellings.append(f"--{name}")
-            if "-" in name:
-                spellings.append(f"--{name.replace('-', '_')}")
-        parser.add_argument(*spellings, **options)
+        shown = f"--{names[0]}"
+        spellings = [f"--{spelling}" for name in names for spelling in (name, name.replace("-", "_"))]
+        hidden = [spelling for spelling in dict.fromkeys(spellings) if spelling != shown]
+        others = {**options, "dest": names[0].replace("-", "_"), "default": argparse.SUPPRESS, "required": False,
+                  "help": argparse.SUPPRESS}
+        text = help_text(options)
+        group = parser
+        if options.pop("required", False):
+            group = parser.add_mutually_exclusive_group(required=True)  # any of the spellings will do
+        group.add_argument(shown, **{**options, "help": text})
+        if hidden:
+            group.add_argument(*hidden, **others)
     return parser, flag
+
+
+def help_text(options):
+    """The help of a flag with these options of add_argument, with its default where it takes a value."""
+    text = options.get("help", "")
+    if options.get("action") == "store_true" or "default" in text or options.get("required"):
+        return text
+    default = options.get("default")
+    value = "%(default)s" if default not in (None, []) else "none"
+    return f"{text}; default: {value}".removeprefix("; ")
 
 
 def number(kind, least, most=float("inf")):
@@ -182,7 +225,9 @@ def methods_asked(config, asked, default):
     what the model can take."""
     if asked is None:
         candidates = dict.fromkeys(default)
-    elif asked == ["all"]:
+    elif "all" in asked:
+        if len(asked) > 1:
+            raise ValueError(f"all means every method: name it alone, or the others without it ({', '.join(asked)})")
         candidates = METHODS
     else:
         return [Method.parse(text) for text in asked]
@@ -223,9 +268,13 @@ def open_model(args, path, config, dtype, device, tokens=0):
 
 
 def place(args, config):
-    """(device, torch dtype) of --device and --dtype, with malloc set for running a model there; and the config's type
-    of caches, of --cache-dtype."""
+    """(device, torch dtype) of --device and --dtype, with malloc set for running a model there; and what --threads,
+    --quiet, and for the config --cache-dtype say."""
     keep_freed_memory()
+    if getattr(args, "threads", None):
+        torch.set_num_threads(args.threads)
+    if getattr(args, "quiet", False):
+        sys.stderr = WarningsOnly(sys.stderr)
     config.cache_dtype = args.cache_dtype
     bits_asked(config, args.quantize)  # a wrong one shows here, before anything long
     device = pick_device(args.device)
@@ -396,10 +445,12 @@ def say_over(text, is_last=False):
         say(text)
 
 
-def write_stream(tokens, tokenizer, ids, device, stops=(), cached=0):
+def write_stream(tokens, tokenizer, ids, device, stops=(), cached=0, key=None):
     """Print the continuation of ids, an iterator of tokens, as it comes, then tokens/s and peak memory; Ctrl-C and the
-    texts in stops end it early. cached: how many of ids need not be computed. The exit code."""
+    texts in stops end it early. cached: how many of ids need not be computed. key: the digits that are the right
+    answer, if they are known. The exit code."""
     times = []  # when each new token came
+    written = ""
 
     def timed():
         for token in tokens:
@@ -411,10 +462,15 @@ def write_stream(tokens, tokenizer, ids, device, stops=(), cached=0):
     try:
         for text in until_stop(tokenizer.stream(timed(), ids), stops):
             print(text, end="", flush=True)
+            written += text
     except KeyboardInterrupt:
         say("\ninterrupted")
         code = 130
     print(flush=True)
+    if key is not None:
+        found = re.search(r"\d+", written)
+        is_right = found is not None and found.group() == key
+        say(f"the answer is right: {key}" if is_right else f"the answer is wrong: the key was {key}")
     if times:
         say_speed(len(ids) - cached, t_start, times, device)
     return code

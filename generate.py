@@ -18,7 +18,7 @@ from batch import (Prompt, Row, decode_rows, ends_with_stop, keep_answers, next_
 from cache import KVCache
 from chat import Conversation, chat, open_template
 from checkpoint import weight_bytes
-from cli import (Progress, Results, cache_settings, check_compile, compile_dense, keep_cache, method_list,
+from cli import (KEY, Progress, Results, cache_settings, check_compile, compile_dense, keep_cache, method_list,
                  model_settings, new_parser, number, open_cache, open_checkpoint, open_model, place, prompt_flags,
                  prompt_ids, read_prompt, read_text, run_command, say, settings_line, type_name, write_stream)
 from frequencies import FREQUENCIES, SCALES
@@ -292,7 +292,8 @@ def run(argv=None):
         turns = Conversation(tokenizer, template, answer, cache, args.stop, partial(warn, args, config, method))
         ids, note = chat(turns, args.system, text, before, note)
     else:
-        code = write_stream(answer(ids), tokenizer, ids, device, args.stop, len(before))
+        key = KEY if text is None and args.prompt_ids is None else None
+        code = write_stream(answer(ids), tokenizer, ids, device, args.stop, len(before), key)
     keep_cache(args.save_cache, cache, ids, saving, note if args.chat else "")
     return code
 

@@ -351,6 +351,9 @@ def mesa(i, j, n, L, *, fit=None, first=None, last=None, width=None, chunk=None,
     margin = whole("margin", margin, fit.margin, least=0)
     remainder = whole("remainder", remainder, fit.remainder, least=0)
     overlap = whole("overlap", overlap, least=0)
+    if n > L and chunk is None and first + overlap >= L:
+        too_large = f"overlap {overlap} must be below {L - first}" if overlap else f"first {first} must be below {L}"
+        raise ValueError(f"mesa: {too_large}, to leave room for a chunk within {L}")
     chunk = whole("chunk", chunk, dynamic_split(n, L, first, last, reserve, margin, remainder, overlap))
     if n > L and (first + overlap + chunk > L or overlap > chunk):
         raise ValueError(f"mesa: first {first} + overlap {overlap} + chunk {chunk} is over {L}, or overlap over chunk")

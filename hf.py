@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from attention import alibi_bias, attend, fold
-from checkpoint import check_layers, eos_tokens, fields_of, generation_eos, own_method, position_fields, read_json, stored_tensors
+from checkpoint import (check_layers, eos_tokens, fields_of, generation_eos, own_method, position_fields, read_json,
+                        stored_tensors)
 from config import Config
 from positions import Method
 from rotation import rotate_keys, rotate_queries
@@ -501,9 +502,13 @@ def from_folder(path, load, **settings):
     try:
         return getattr(getattr(attention_interface(), name), method)(path, local_files_only=True, **settings)
     except Exception as error:  # there is none that it may not raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-        raise ValueError(f"{path}: {name} of transformers: {text}") from None
+        raise ValueError(f"{path}: {name} of transformers: {first_line(error)}") from None
+
+
+def first_line(error):
+    """The first line of an exception's text, the second one too where that is only its title."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def open_folder(path, train_len=None):
@@ -512,9 +517,12 @@ def open_folder(path, train_len=None):
     if "num_hidden_layers" in raw:
         check_layers(raw["num_hidden_layers"], stored_tensors(Path(path)))
     theirs = from_folder(path, "AutoConfig.from_pretrained")
-    with torch.device("meta"):
-        decoder = decoder_of(attention_interface().AutoModelForCausalLM.from_config(theirs))
-    rotary = type(decoder.rotary_emb)(decoder.config)  # not on the meta device: its frequencies are numbers
+    try:
+        with torch.device("meta"):
+            decoder = decoder_of(attention_interface().AutoModelForCausalLM.from_config(theirs))
+        rotary = type(decoder.rotary_emb)(decoder.config)  # not on the meta device: its frequencies are numbers
+    except Exception as error:  # of sizes that do not go together, there is none that it may not raise
+        raise ValueError(f"{path}: transformers cannot build this model: {first_line(error)}") from None
     layers = read_layers(decoder.config, FAMILIES[decoder.config.model_type], rotary, train_len)
     own = tuple(str(layer.own) if layer.own else "" for layer in layers)
     tokenizer = open_tokenizer(path)

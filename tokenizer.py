@@ -35,8 +35,8 @@ def load_tokenizer(path, bos_id, vocab_size=None):
 
 
 def check_size(path, size, vocab_size):
-    """ValueError for a tokenizer of more pieces than the model has embeddings, which would give ids that the model lacks.
-    Embeddings are often padded, so a few more are right; a warning where they are more than an eighth."""
+    """ValueError for a tokenizer of more pieces than the model has embeddings, as its ids would be outside of them.
+    Embeddings are often padded, so that a few more are right; a warning for more than an eighth, and 1024, too many."""
     if size > vocab_size:
         raise ValueError(f"{path}: the tokenizer has {size} pieces, but config.json's vocab_size is {vocab_size}; "
                          "is it this model's?")
@@ -133,8 +133,7 @@ class Tokenizer:
         self.control_names = re.compile(f"(?<!{GUARD})({'|'.join(map(re.escape, names)) or '(?!)'})")
 
     def encode_text(self, text):
-        """Token ids of a text, nothing added. ValueError for half characters: bytes that are not UTF-8, as a command line
-        or JSON can hold them."""
+        """Token ids of a text, nothing added. ValueError for half characters, which flags and JSON can hold."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
