@@ -139,7 +139,8 @@ class KVCache:
             if copy is None:
                 copy = RotatedKeys(plan.rotation_rule(), plan.key_positions[number][:0], k[:, :, :0])
                 newest = max(4, len(plan.key_positions)) - 1
-                self.copies[layer] = [*self.copies[layer][-newest:], copy]  # of old plans none is held for ever
+                alike = [c for c in self.copies[layer] if c.rule == copy.rule]  # frequencies that follow leave none
+                self.copies[layer] = [*alike[-newest:], copy]  # of old plans none is held for ever
             keys.append(copy.extend(k, plan, number))
         return keys
 

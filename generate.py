@@ -40,9 +40,9 @@ def generate(model, ids, method=None, *, max_new_tokens=64, temperature=0.0, top
     Raises ValueError for an empty prompt, and for ids that the model does not have.
     """
     check_ids(model, ids)
-    method = Method.of(method, freq, attn_scale, **params)
-    choose = sampler(temperature, top_k, top_p, seed)
     n = len(ids)
+    method = Method.of(method, freq, attn_scale, **params).covering(model.config, n, max_new_tokens)
+    choose = sampler(temperature, top_k, top_p, seed)
     logits, cache = prefill(model, torch.tensor([ids]), method, max_new_tokens, prefill_chunk, impl, progress,
                             cache)
     for token in decode(model, logits, cache, method, n, choose, max_new_tokens, impl):
@@ -71,8 +71,9 @@ def generate_batch(model, prompts, method=None, *, rows=16, max_new_tokens=64, t
     def read():
         for index, (ids, own_seed) in enumerate(zip(prompts, seeds, strict=True)):
             choose = sampler(temperature, top_k, top_p, own_seed)
-            logits, cache = prefill(model, torch.tensor([ids]), method, max_new_tokens, prefill_chunk, impl, progress)
-            yield Row(index, len(ids), method, logits, cache, choose, max_new_tokens, partial(is_whole, index))
+            own = method.covering(model.config, len(ids), max_new_tokens)
+            logits, cache = prefill(model, torch.tensor([ids]), own, max_new_tokens, prefill_chunk, impl, progress)
+            yield Row(index, len(ids), own, logits, cache, choose, max_new_tokens, partial(is_whole, index))
     for row in decode_rows(model, read(), rows, impl):
         yield row.number, row.tokens
 
@@ -238,7 +239,8 @@ def resolved_settings(args, config, method, n, dtype, device):
 
 def warn(args, config, method, n):
     """Say what goes wrong in a prompt of n tokens and what follows it."""
-    say_warnings(config, [method], [max(n, 1)], 0 if args.explain else min(args.max_new_tokens, 10 ** 6))
+    new = 0 if args.explain else min(args.max_new_tokens, 10 ** 6)
+    say_warnings(config, [method.covering(config, n, new)], [max(n, 1)], new)
 
 
 def check_memory(args, path, config, method, lengths, dtype, device, rows=1):
