@@ -28,14 +28,19 @@ def attend(q, k, v, plan, impl="auto", rotated=None, row=None):
 
     impl: "dense", "tiled", "triton", or "auto": PyTorch's fused attention where the plan is plainly causal, else triton
     on CUDA and tiled elsewhere, or dense where a gradient is wanted.
+    float64 goes through float32, but with dense; its result is float64 again.
     One query alone goes by attend_row, with auto and tiled alike. It takes rotated, for each of plan.key_positions the
     keys (B, Hkv, Tk, D) rotated to it, where the caller keeps them, and row, a function of single_row.ATTENTIONS.
     Raises ValueError where the shapes do not fit together, or Triton is asked for and cannot run.
     """
     check_shapes(q, k, v, plan)
+    impl_asked = impl
     impl = choose(impl, q, k, v, plan)
     if impl == "dense":
         return attend_dense(q, k, v, plan)
+    if q.dtype == torch.float64:  # of which the kernels know nothing, or give a wrong answer with a bias
+        rotated = rotated and [keys.float() for keys in rotated]
+        return attend(q.float(), k.float(), v.float(), plan, impl_asked, rotated, row).double()
     if impl == "triton":
         return attend_triton(q, k, v, plan)
     if impl == "row":

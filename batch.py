@@ -138,7 +138,7 @@ def read_line(name, text, tokenizer, seed):
     """The Prompt of one line; name: the file and the line."""
     try:
         fields = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not JSON ({error})") from None
     if not isinstance(fields, dict) or ("prompt" in fields) == ("ids" in fields):
         raise ValueError(f"{name}: not an object with a \"prompt\" or \"ids\"")

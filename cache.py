@@ -140,7 +140,8 @@ class KVCache:
             if copy is None:
                 copy = RotatedKeys(plan.rotation_rule(), plan.key_positions[number][:0], k[:, :, :0])
                 newest = max(4, len(plan.key_positions)) - 1
-                self.copies[layer] = [*self.copies[layer][-newest:], copy]  # of old plans none is held for ever
+                alike = [c for c in self.copies[layer] if c.rule == copy.rule]  # frequencies that follow leave none
+                self.copies[layer] = [*alike[-newest:], copy]  # of old plans none is held for ever
             keys.append(copy.extend(k, plan, number))
         return keys
 
@@ -220,7 +221,10 @@ def save_cache(file, cache, ids, settings, note=""):
         tensors[f"v.{layer}"] = cache.v[layer][:, :, :held].contiguous()
     metadata = {"format": "beyond cache", "settings": json.dumps(settings), "ids": ids_hash(ids), "note": note}
     partial = f"{file}.partial"
-    save_file(tensors, partial, metadata)
+    try:
+        save_file(tensors, partial, metadata)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{file}: cannot be written ({error})") from None
     os.replace(partial, file)
 
 

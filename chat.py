@@ -26,6 +26,11 @@ def say(text, end="\n"):
     print(text, end=end, file=sys.stderr, flush=True)
 
 
+def line_end():
+    """What ends a line on stderr where one on stdout follows: nothing on a terminal, which shows both."""
+    return "" if sys.stderr.isatty() else "\n"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # chat templates
 
@@ -62,11 +67,15 @@ def read_template(folder):
     special = {name: text_of(value) for name, value in config.items() if name.endswith("_token") and text_of(value)}
     file = Path(folder) / "chat_template.jinja"
     if file.is_file():
-        return Template(file, file.read_text(encoding="utf-8"), special)
+        from checkpoint import own_file  # here, as tokenizer.read_object
+        return Template(file, own_file(folder, file.name).read_text(encoding="utf-8"), special)
     file = Path(folder) / "tokenizer_config.json"
     source = config.get("chat_template")
     if isinstance(source, list):  # several, by name
-        source = {named["name"]: named["template"] for named in source}.get("default")
+        try:
+            source = {named["name"]: named["template"] for named in source}.get("default")
+        except (TypeError, KeyError):
+            raise ValueError(f"{file}: chat_template is no list of templates with names") from None
     if source is None:
         return None
     if not isinstance(source, str):
@@ -220,7 +229,7 @@ class Conversation:
                 write(piece)
         except KeyboardInterrupt:
             interrupted = True
-            say("\ninterrupted", end="")
+            say("\ninterrupted", end=line_end())
         self.cache.cut(len(self.cache))  # an interrupted step has reached some layers and not others
         self.cached = (ids + tokens)[:len(self.cache)]
         self.counts.turns += 1
@@ -303,7 +312,7 @@ def chat(conversation, system=None, first=None, before=(), note="", ask=input):
             try:
                 conversation.turn(line, write)
             except KeyboardInterrupt:  # before the answer began
-                say("interrupted", end="")
+                say("interrupted", end=line_end())
             write("\n")
     return conversation.cached, conversation.note()
 

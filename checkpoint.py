@@ -8,6 +8,10 @@ the tokenizer (tokenizer.py), or unpickle anything.
     state = read_weights("llama-7b", shapes)              # {name: tensor} for the {name: shape} that is wanted
 """
 import json
+import os
+import re
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -45,6 +49,7 @@ LOCAL = {  # kind of layer in config.json's layer_types: the method that it is, 
 FLOAT_TYPES = ("F64", "F32", "BF16", "F16")
 INTEGER_TYPES = {"int8": ("I8",), "int4": ("U8",)}          # of the tensors of these names in quantize.py's folders
 QUANTIZATIONS = {8: {"bits": 8}, 4: {"bits": 4, "group": 32}}  # values of our key quantization, which it writes
+MOST_LAYERS = 10 ** 4       # that a config.json may have; lists of them are made before a network is
 
 
 def find_checkpoint(name):
@@ -53,6 +58,9 @@ def find_checkpoint(name):
     for place in places:
         if place.is_dir():
             return place
+    if Path(name).is_file():
+        raise ValueError(f"{name}: a file; a checkpoint is a folder in the Hugging Face layout, with config.json and "
+                         "safetensors (GGUF is not read)")
     raise FileNotFoundError(f"no checkpoint folder {name} (looked at {', '.join(map(str, places))})")
 
 
@@ -62,16 +70,32 @@ def refuse_unfinished(path):
         raise ValueError(f"{path}: an unfinished run of train.py; the same command finishes it")
 
 
+def own_file(folder, name):
+    """folder/name; ValueError where that lies, or links, outside of the folder. A snapshot in Hugging Face's cache may
+    link to the blobs beside it."""
+    file = Path(folder) / name
+    root = Path(os.path.realpath(folder))
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    place = Path(os.path.realpath(file))
+    if not place.is_relative_to(root):
+        raise ValueError(f"{file}: outside of its folder, at {place}; a checkpoint's files have to be in it")
+    return file
+
+
 def read_json(path):
     """The JSON object in a file; FileNotFoundError or ValueError that names it."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder")
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent}: no {path.name} in this folder")
+    own_file(path.parent, path.name)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not JSON that anybody wrote: nested too deep") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: not a JSON object")
     return data
@@ -87,11 +111,41 @@ def config_fields(path, train_len=None):
     """
     file = Path(path) / "config.json"
     raw = read_json(file)
+    stored = stored_tensors(Path(path))
     try:
+        check_layers(raw.get("num_hidden_layers"), stored)
         fields = fields_of(raw, train_len)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: {error}") from None
+    check_widths(fields, stored)
     return fields | generation_eos(path, fields["vocab_size"])
+
+
+def check_layers(layers, stored):
+    """ValueError for a num_hidden_layers that no model has, or that is not that of the tensors stored. Comes before
+    anything is made for each layer."""
+    if whole("num_hidden_layers", layers) > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers {layers} is more than {MOST_LAYERS}")
+    numbers = [int(found[1]) for found in (re.match(r"model\.layers\.(\d{1,9})\.", name) for name in stored) if found]
+    if numbers and max(numbers) >= layers:
+        raise ValueError(f"num_hidden_layers is {layers}, but there are weights of layer {max(numbers)}")
+    if numbers and max(numbers) + 1 < layers:
+        raise ValueError(f"num_hidden_layers is {layers}, but there are weights of {max(numbers) + 1} layers")
+
+
+def check_widths(fields, stored):
+    """ValueError, as of read_tensors, where the sizes in a config.json are not those of the tensors stored. Comes
+    before a network of these sizes is planned."""
+    hidden = fields["hidden_size"]
+    head = whole("head_dim", fields["head_dim"])
+    key_heads = whole("num_key_value_heads", fields["num_key_value_heads"])
+    attention = "model.layers.0.self_attn"
+    wanted = {"model.embed_tokens.weight": (fields["vocab_size"], hidden),
+              f"{attention}.q_proj.weight": (fields["num_attention_heads"] * head, hidden),
+              f"{attention}.k_proj.weight": (key_heads * head, hidden),
+              "model.layers.0.mlp.gate_proj.weight": (fields["intermediate_size"], hidden)}
+    for name in wanted.keys() & stored.keys():
+        check_tensor(*stored[name], shapes=wanted)
 
 
 def generation_eos(path, vocab_size):
@@ -235,6 +289,22 @@ def position_fields(raw):
 # ---------------------------------------------------------------------------------------------------------------------
 # weights
 
+def stored_tensors(path):
+    """{name: (file, name, shape, type)} of all tensors in the safetensors files of a folder, of their headers alone;
+    {} where there are none. ValueError for files that are not whole."""
+    if not (path / "model.safetensors").is_file() and not (path / "model.safetensors.index.json").is_file():
+        return {}
+    stored = {}
+    for file in weight_files(path):
+        if not file.is_file():
+            continue
+        with whole_file(file) as f:
+            for name in f.keys():
+                tensor = f.get_slice(name)
+                stored[name] = (file, name, tuple(tensor.get_shape()), tensor.get_dtype())
+    return stored
+
+
 def read_weights(path, shapes, dtype=None, device="cpu"):
     """{name: tensor} for the {name: shape} wanted of a folder; see read_tensors."""
     return dict(read_tensors(path, shapes, dtype, device))
@@ -248,22 +318,40 @@ def read_tensors(path, shapes, dtype=None, device="cpu", changes=None, parts=Non
     Where neither type nor device changes, weights that would fill more than a quarter of the free memory stay
     memory-mapped files; smaller ones are copied, as decoding reads memory of its own faster.
     Raises ValueError or FileNotFoundError, naming file and tensor, for what is missing, extra, misshapen or of a type
-    that is no float.
+    that is no float. Warns of tensors that hold NaN or Inf.
     """
     files = weight_files(Path(path))
     copied = weight_bytes(path) < available_memory() / 4
     found = set()
     parts = parts or {}
+    spoilt = []
     for file in sorted(files, key=file_size, reverse=True):  # what is mapped while it is copied gets smaller
         for name in checked_names(file, files[file], shapes):
             found.add(name)
-            if changes and name in changes:
-                yield from changes[name](read_tensor(file, name, None, device, False, parts.get(name))).items()
+            is_changed = changes and name in changes
+            kind = None if is_changed else dtype
+            tensor = read_tensor(file, name, kind, device, copied and not is_changed, parts.get(name))
+            if not is_finite(tensor):
+                spoilt.append(name)
+            if is_changed:
+                yield from changes[name](tensor).items()
             else:
-                yield name, read_tensor(file, name, dtype, device, copied, parts.get(name))
+                yield name, tensor
+            del tensor      # the reader may be done with it
+    if spoilt:
+        warnings.warn(f"{path}: NaN or Inf in {len(spoilt)} tensors, {', '.join(spoilt[:3])}: expect nonsense",
+                      stacklevel=2)
     missing = sorted(shapes.keys() - found)
     if missing:
         raise ValueError(f"{path}: the checkpoint lacks {len(missing)} tensors, among them {missing[0]}")
+
+
+def is_finite(tensor, block=2 ** 20):
+    """Whether all numbers of a tensor are finite, looked at a block after the other."""
+    if not tensor.is_floating_point():
+        return True
+    return all(bool(part.float().sum().isfinite()) or bool(part.isfinite().all())
+               for part in tensor.detach().flatten().split(block))
 
 
 def weight_files(path):
@@ -271,14 +359,14 @@ def weight_files(path):
     single = path / "model.safetensors"
     index = path / "model.safetensors.index.json"
     if single.is_file():
-        return {single: None}
+        return {own_file(path, single.name): None}
     if index.is_file():
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
             raise ValueError(f"{index}: no weight_map from tensor names to files")
         files = {}
         for name, file in places.items():
-            files.setdefault(path / file, []).append(name)
+            files.setdefault(own_file(path, file), []).append(name)
         return files
     pickles = sorted(p.name for ending in ("*.bin", "*.pth", "*.pt") for p in path.glob(ending))
     if pickles:
@@ -309,21 +397,28 @@ def checked_names(file, names, shapes):
     if not file.is_file():
         raise FileNotFoundError(f"{file}: the index names this file, but it is not there")
     checked = []
+    with whole_file(file) as f:
+        held = set(f.keys())
+        for name in sorted(held if names is None else names):
+            if name not in held:
+                raise ValueError(f"{file}: the index says that {name} is here, but it is not")
+            tied_head = name == "lm_head.weight" and name not in shapes
+            if name.endswith("rotary_emb.inv_freq") or tied_head:
+                continue
+            tensor = f.get_slice(name)
+            check_tensor(file, name, tuple(tensor.get_shape()), tensor.get_dtype(), shapes)
+            checked.append(name)
+    return checked
+
+
+@contextmanager
+def whole_file(file):
+    """An open safetensors file; ValueError that names it, where it is none or a part of one."""
     try:
         with safetensors.safe_open(file, framework="pt", device="cpu") as f:
-            held = set(f.keys())
-            for name in sorted(held if names is None else names):
-                if name not in held:
-                    raise ValueError(f"{file}: the index says that {name} is here, but it is not")
-                tied_head = name == "lm_head.weight" and name not in shapes
-                if name.endswith("rotary_emb.inv_freq") or tied_head:
-                    continue
-                tensor = f.get_slice(name)
-                check_tensor(file, name, tuple(tensor.get_shape()), tensor.get_dtype(), shapes)
-                checked.append(name)
+            yield f
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
-    return checked
 
 
 def check_tensor(file, name, shape, dtype, shapes):

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ from single_row import has_compiler
 from tasks import passkey_prompt
 from tokenizer import load_tokenizer, until_stop
 
+LONGEST_DEFAULT = 8192      # tokens of the prompt where none is given: a large model takes minutes for as many
+KEY = "71432"               # that is hidden in it
 
 # ---------------------------------------------------------------------------------------------------------------------
 # running a script
@@ -45,13 +48,17 @@ def run_command(run, name):
     Where torchrun has started several processes, run gets their Ranks, as ranks=; only rank 0 prints.
     """
     ranks = join(name)
+    stderr = sys.stderr     # --quiet changes it
     try:
-        code = run() if ranks.size == 1 else run_on_ranks(run, ranks)
+        with warnings.catch_warnings():
+            warnings.showwarning = say_warning
+            code = run() if ranks.size == 1 else run_on_ranks(run, ranks)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout has gone; Python would complain again when it flushes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except (ValueError, OSError, OverflowError) as error:
+        sys.stderr = stderr
         ranks.complain(f"{name}: {error}")
         code = 2
     except KeyboardInterrupt:
@@ -61,6 +68,7 @@ def run_command(run, name):
     except RuntimeError as error:
         ranks.blame(error)
         raise
+    sys.stderr = stderr
     ranks.leave(code)
     sys.exit(code)
 
@@ -70,6 +78,33 @@ def run_on_ranks(run, ranks):
     if "ranks" not in inspect.signature(run).parameters:
         raise ValueError("this script runs in one process, not under torchrun")
     return run(ranks=ranks)
+
+
+class WarningsOnly:
+    """In the place of stderr: passes on lines that begin with "warning: ", and drops the rest."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.unfinished = ""
+
+    def write(self, text):
+        *lines, self.unfinished = (self.unfinished + text).split("\n")
+        for line in lines:
+            if line.startswith("warning: "):
+                self.stream.write(f"{line}\n")
+        return len(text)
+
+    def flush(self):
+        self.stream.flush()
+
+    def isatty(self):
+        return False
+
+
+def say_warning(message, category, file, line, *_):
+    """A warning of ours in one line; others as Python shows them."""
+    ours = Path(file).resolve().parent == Path(__file__).resolve().parent
+    say(f"warning: {message}" if ours else warnings.formatwarning(message, category, file, line), end="\n" * ours)
 
 
 def say(text, end="\n"):
@@ -102,25 +137,44 @@ def new_parser(doc):
     flag("cache-dtype", choices=CACHE_DTYPES, help="hold keys and values in fewer bytes; default: as they are")
     flag("train-len", type=number(int, 1), help="override the training length L of config.json")
     flag("quantize", choices=BITS, help="weights of 8 or 4 bits, see quantized.py; default: as stored")
+    flag("threads", type=number(int, 1, 1024), help="of the CPU; default: as many as it has cores")
+    flag("quiet", action="store_true", help="on stderr only warnings, and what went wrong")
     return parser, flag
 
 
 def plain_parser(doc):
     """(parser, flag) of a script with this docstring; flag("kv-heads") adds --kv-heads, which --kv_heads means too.
 
-    flag("methods", "method") adds one flag with two names; the first names the attribute.
+    flag("methods", "method") adds one flag with two names; the first names the attribute. --help shows the first
+    spelling alone, and the default of every flag that takes a value.
     """
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False,
                                      usage="%(prog)s [flags]; --help lists them")
 
     def flag(*names, **options):
-        spellings = []
-        for name in names:
-            spellings.append(f"--{name}")
-            if "-" in name:
-                spellings.append(f"--{name.replace('-', '_')}")
-        parser.add_argument(*spellings, **options)
+        shown = f"--{names[0]}"
+        spellings = [f"--{spelling}" for name in names for spelling in (name, name.replace("-", "_"))]
+        hidden = [spelling for spelling in dict.fromkeys(spellings) if spelling != shown]
+        others = {**options, "dest": names[0].replace("-", "_"), "default": argparse.SUPPRESS, "required": False,
+                  "help": argparse.SUPPRESS}
+        text = help_text(options)
+        group = parser
+        if options.pop("required", False):
+            group = parser.add_mutually_exclusive_group(required=True)  # any of the spellings will do
+        group.add_argument(shown, **{**options, "help": text})
+        if hidden:
+            group.add_argument(*hidden, **others)
     return parser, flag
+
+
+def help_text(options):
+    """The help of a flag with these options of add_argument, with its default where it takes a value."""
+    text = options.get("help", "")
+    if options.get("action") == "store_true" or "default" in text or options.get("required"):
+        return text
+    default = options.get("default")
+    value = "%(default)s" if default not in (None, []) else "none"
+    return f"{text}; default: {value}".removeprefix("; ")
 
 
 def number(kind, least, most=float("inf")):
@@ -147,7 +201,8 @@ def rank_flags(flag, evaluation=False):
 
 def prompt_flags(flag):
     """Add the flags that say what is continued, and until when."""
-    flag("prompt", help="text to continue; default: a passkey prompt of 8 times the window")
+    flag("prompt", help="text to continue; default: a passkey prompt of 8 times the window, of at most "
+         f"{LONGEST_DEFAULT} tokens")
     flag("prompt-file", action="append", metavar="PATH", help="read the prompt from a UTF-8 file, - for stdin; "
          "repeatable: prompts that are answered together")
     flag("prompt-ids", type=token_ids, metavar="IDS", help="the prompt as token ids, 1,2,3; nothing is added")
@@ -203,7 +258,9 @@ def methods_asked(config, asked, default):
     what the model can take."""
     if asked is None:
         candidates = dict.fromkeys(default)
-    elif asked == ["all"]:
+    elif "all" in asked:
+        if len(asked) > 1:
+            raise ValueError(f"all means every method: name it alone, or the others without it ({', '.join(asked)})")
         candidates = METHODS
     else:
         return [Method.parse(text) for text in asked]
@@ -254,7 +311,7 @@ def open_checkpoint(args):
             raise ValueError(f"{path}: --quantize is for families of model.py; transformers quantises by its own means")
         return path, *hf.open_folder(path, args.train_len)
     config = Config.from_hf(path, args.train_len)
-    return path, config, load_tokenizer(path, config.bos_token_id)
+    return path, config, load_tokenizer(path, config.bos_token_id, config.vocab_size)
 
 
 def open_model(args, path, config, dtype, device, tokens=0, ranks=None):
@@ -275,9 +332,13 @@ def open_model(args, path, config, dtype, device, tokens=0, ranks=None):
 
 
 def place(args, config):
-    """(device, torch dtype) of --device and --dtype, with malloc set for running a model there; and the config's type
-    of caches, of --cache-dtype."""
+    """(device, torch dtype) of --device and --dtype, with malloc set for running a model there; and what --threads,
+    --quiet, and for the config --cache-dtype say."""
     keep_freed_memory()
+    if getattr(args, "threads", None):
+        torch.set_num_threads(args.threads)
+    if getattr(args, "quiet", False):
+        sys.stderr = WarningsOnly(sys.stderr)
     config.cache_dtype = args.cache_dtype
     bits_asked(config, args.quantize)  # a wrong one shows here, before anything long
     device = pick_device(args.device)
@@ -322,15 +383,17 @@ def read_prompt(args):
 
 
 def prompt_ids(args, text, tokenizer, L, before=()):
-    """Token ids of the prompt of this text, or of a passkey prompt of 8 times the window L; before: ids in front."""
+    """Token ids of the prompt of this text, or of a passkey prompt of 8 times the window L, of at most LONGEST_DEFAULT
+    tokens; before: ids in front."""
     if args.prompt_ids is not None:
         return [*before, *args.prompt_ids]
     if text is not None:
         return [*before, *tokenizer.encode_more(text)] if before else tokenizer.encode(text)
     if before:
         raise ValueError("--load-cache needs a prompt that goes on after it")
-    say(f"no prompt given: a passkey prompt of {8 * L} tokens, 8 times the window; the key is 71432")
-    return passkey_prompt(tokenizer, 8 * L).ids
+    n = min(8 * L, LONGEST_DEFAULT)
+    say(f"no prompt given: a passkey prompt of {n} tokens, {n / L:.3g} times the window; the key is {KEY}")
+    return passkey_prompt(tokenizer, n).ids
 
 
 def cache_settings(args, path, config, method, dtype):
@@ -446,10 +509,12 @@ def say_over(text, is_last=False):
         say(text)
 
 
-def write_stream(tokens, tokenizer, ids, device, stops=(), cached=0):
+def write_stream(tokens, tokenizer, ids, device, stops=(), cached=0, key=None):
     """Print the continuation of ids, an iterator of tokens, as it comes, then tokens/s and peak memory; Ctrl-C and the
-    texts in stops end it early. cached: how many of ids need not be computed. The exit code."""
+    texts in stops end it early. cached: how many of ids need not be computed. key: the digits that are the right
+    answer, if they are known. The exit code."""
     times = []  # when each new token came
+    written = ""
 
     def timed():
         for token in tokens:
@@ -461,10 +526,15 @@ def write_stream(tokens, tokenizer, ids, device, stops=(), cached=0):
     try:
         for text in until_stop(tokenizer.stream(timed(), ids), stops):
             print(text, end="", flush=True)
+            written += text
     except KeyboardInterrupt:
         say("\ninterrupted")
         code = 130
     print(flush=True)
+    if key is not None:
+        found = re.search(r"\d+", written)
+        is_right = found is not None and found.group() == key
+        say(f"the answer is right: {key}" if is_right else f"the answer is wrong: the key was {key}")
     if times:
         say_speed(len(ids) - cached, t_start, times, device)
     return code
@@ -604,7 +674,7 @@ def read_rows(path):
     for count, line in enumerate(data[:end].splitlines(), 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise ValueError(f"{path}: line {count} is not a result; choose another --results file")

@@ -59,6 +59,9 @@ class Config:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim", "max_position_embeddings", "train_len"):
             whole(name, getattr(self, name))
+        widths = (self.vocab_size, self.hidden_size, self.intermediate_size, self.num_attention_heads * self.head_dim)
+        if max(widths) > 2 ** 28:  # numbers of weights would overflow
+            raise ValueError(f"a width of {max(widths)} is more than any model has")
         for name in ("rms_norm_eps", "rope_theta"):
             positive(name, getattr(self, name))
         special = self.eos_token_id if self.bos_token_id is None else (self.bos_token_id, *self.eos_token_id)

@@ -481,7 +481,7 @@ def run(argv=None):
     args = parse_args(argv)
     path = find_checkpoint(args.init)
     refuse_unfinished(path)
-    if (args.out / "training.json").exists():
+    if (args.out / "training.json").exists() and not (args.out / UNFINISHED).exists():
         raise ValueError(f"{args.out} holds a finished run; choose another --out, or delete it")
     config = Config.from_hf(path, args.train_len)
     tokenizer = load_tokenizer(path, config.bos_token_id)

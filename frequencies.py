@@ -54,7 +54,7 @@ def ntk(D, base, n, L, *, factor=None):
 def dynamic_ntk(D, base, n, L, *, factor=1.0, original_max_position_embeddings=None):
     """Dynamic NTK: NTK-aware scaling by factor*n/L - (factor - 1) for the prompt length n at hand; plain RoPE up to L.
 
-    (emozilla, 2023; arXiv 2309.00071, section 3.3.) n is fixed at prefill: a cache of rotated keys would mix bases.
+    (emozilla, 2023; arXiv 2309.00071, section 3.3.) n is fixed at prefill, but for FOLLOWING.
     """
     L = whole("original_max_position_embeddings", original_max_position_embeddings, L)
     factor = positive("factor", factor)
@@ -266,6 +266,16 @@ FREQUENCIES = {
     "resonance":    resonance,
 }
 UNROTATED = ("nope", "alibi")  # rules of models whose queries and keys are never rotated
+FITTED = ("pi", "ntk", "ntk-mixed", "yarn", "mrrope")    # rules whose factor is, by default, what n needs
+FOLLOWING = ("dynamic-ntk", "dynamic-yarn", "longrope")  # that change at L: where decoding crosses it, n follows
+
+
+def followed_length(rule, n, L, last):
+    """The n for a rule of FREQUENCIES, by name, at query `last`: n, the prompt's length, as long as decoding goes on;
+    but where a prompt within L is decoded beyond it, what is there by then, so that all keys turn as in a prompt of
+    that length. n = 30, L = 32: 30 until query 31, then 33, 34, ... for longrope."""
+    crosses = rule in FOLLOWING and n <= L <= last
+    return last + 1 if crosses else n
 
 
 def alibi_slopes(H):

@@ -18,7 +18,7 @@ from batch import (Prompt, Row, decode_rows, ends_with_stop, keep_answers, next_
                    put_in_order, read_prompts)
 from chat import Conversation, chat, open_template
 from checkpoint import weight_bytes
-from cli import (Progress, Results, agreed, cache_settings, check_compile, compile_dense, keep_cache, method_list,
+from cli import (KEY, Progress, Results, agreed, cache_settings, check_compile, compile_dense, keep_cache, method_list,
                  model_settings, new_parser, number, open_cache, open_checkpoint, open_model, place, prompt_flags,
                  prompt_ids, rank_flags, read_prompt, read_text, run_command, say, settings_line, type_name,
                  write_stream)
@@ -43,9 +43,9 @@ def generate(model, ids, method=None, *, max_new_tokens=64, temperature=0.0, top
     Raises ValueError for an empty prompt, and for ids that the model does not have.
     """
     check_ids(model, ids)
-    method = Method.of(method, freq, attn_scale, **params)
-    choose = sampler(temperature, top_k, top_p, seed)
     n = len(ids)
+    method = Method.of(method, freq, attn_scale, **params).covering(model.config, n, max_new_tokens)
+    choose = sampler(temperature, top_k, top_p, seed)
     logits, cache = prefill(model, torch.tensor([ids]), method, max_new_tokens, prefill_chunk, impl, progress,
                             cache)
     for token in decode(model, logits, cache, method, n, choose, max_new_tokens, impl):
@@ -74,8 +74,9 @@ def generate_batch(model, prompts, method=None, *, rows=16, max_new_tokens=64, t
     def read():
         for index, (ids, own_seed) in enumerate(zip(prompts, seeds, strict=True)):
             choose = sampler(temperature, top_k, top_p, own_seed)
-            logits, cache = prefill(model, torch.tensor([ids]), method, max_new_tokens, prefill_chunk, impl, progress)
-            yield Row(index, len(ids), method, logits, cache, choose, max_new_tokens, partial(is_whole, index))
+            own = method.covering(model.config, len(ids), max_new_tokens)
+            logits, cache = prefill(model, torch.tensor([ids]), own, max_new_tokens, prefill_chunk, impl, progress)
+            yield Row(index, len(ids), own, logits, cache, choose, max_new_tokens, partial(is_whole, index))
     for row in decode_rows(model, read(), rows, impl):
         yield row.number, row.tokens
 
@@ -246,7 +247,8 @@ def resolved_settings(args, config, method, n, dtype, device):
 
 def warn(args, config, method, n):
     """Say what goes wrong in a prompt of n tokens and what follows it."""
-    say_warnings(config, [method], [max(n, 1)], 0 if args.explain else min(args.max_new_tokens, 10 ** 6))
+    new = 0 if args.explain else min(args.max_new_tokens, 10 ** 6)
+    say_warnings(config, [method.covering(config, n, new)], [max(n, 1)], new)
 
 
 def shared_input(ranks):
@@ -356,7 +358,8 @@ def run(argv=None, ranks=None):
         turns = Conversation(tokenizer, template, answer, cache, args.stop, partial(warn, args, config, method))
         ids, note = chat(turns, args.system, text, before, note, shared_input(ranks))
     else:
-        code = write_stream(answer(ids), tokenizer, ids, device, args.stop, len(before))
+        key = KEY if text is None and args.prompt_ids is None else None
+        code = write_stream(answer(ids), tokenizer, ids, device, args.stop, len(before), key)
     keep_cache(args.save_cache, cache, ids, saving, note if args.chat else "")
     return code
 

@@ -57,9 +57,15 @@ def leaky_rerope(i, j, n, L, *, window=None, k=None):
     window: L/4. k: the smallest that keeps the last token of the prompt below L, (n - window)/(L - window), never
     below 1; the choice of Mesa-Extrapolation's comparison (arXiv 2410.15859).
     """
+    k = positive("k", k, leaky_k(n, L, window))
     window = scaled("window", window, 512, L)
-    k = positive("k", k, max(1.0, (n - window) / max(L - window, 1)))
     return near_far(i, j, window, window + (i.double() - window) / k, j.double() / k)
+
+
+def leaky_k(n, L, window=None):
+    """Leaky ReRoPE's k where it is not given."""
+    window = scaled("window", window, 512, L)
+    return max(1.0, (n - window) / max(L - window, 1))
 
 
 def self_extend(i, j, n, L, *, window=None, group=None):
@@ -68,13 +74,19 @@ def self_extend(i, j, n, L, *, window=None, group=None):
     window W: L/4. group G: the smallest that keeps the largest distance, about W + (n - W)/G, within two thirds of L,
     the authors' rule of thumb, or within (W + L)/2 for a wide window; 1, which is plain RoPE, while n <= L.
     """
+    group = whole("group", group, self_extend_group(n, L, window))
     window = scaled("window", window, 512, L)
-    limit = max(2 * L / 3, (window + L) / 2)
-    needed = 1 if n <= L else math.ceil((n - window) / max(limit - window, 1))
-    group = whole("group", group, max(needed, 1))
     if group == 1:
         return full(i, j, n, L)
     return near_far(i, j, window, i // group + window - window // group, j // group)
+
+
+def self_extend_group(n, L, window=None):
+    """Self-Extend's group where it is not given."""
+    window = scaled("window", window, 512, L)
+    limit = max(2 * L / 3, (window + L) / 2)
+    needed = 1 if n <= L else math.ceil((n - window) / max(limit - window, 1))
+    return max(needed, 1)
 
 
 def dca_fit(fit, L):
@@ -351,6 +363,9 @@ def mesa(i, j, n, L, *, fit=None, first=None, last=None, width=None, chunk=None,
     margin = whole("margin", margin, fit.margin, least=0)
     remainder = whole("remainder", remainder, fit.remainder, least=0)
     overlap = whole("overlap", overlap, least=0)
+    if n > L and chunk is None and first + overlap >= L:
+        too_large = f"overlap {overlap} must be below {L - first}" if overlap else f"first {first} must be below {L}"
+        raise ValueError(f"mesa: {too_large}, to leave room for a chunk within {L}")
     chunk = whole("chunk", chunk, dynamic_split(n, L, first, last, reserve, margin, remainder, overlap))
     if n > L and (first + overlap + chunk > L or overlap > chunk):
         raise ValueError(f"mesa: first {first} + overlap {overlap} + chunk {chunk} is over {L}, or overlap over chunk")

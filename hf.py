@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from attention import alibi_bias, attend, fold
-from checkpoint import eos_tokens, fields_of, generation_eos, own_method, position_fields, read_json
+from checkpoint import (check_layers, eos_tokens, fields_of, generation_eos, own_method, position_fields, read_json,
+                        stored_tensors)
 from config import Config
 from positions import Method
 from rotation import rotate_keys, rotate_queries
@@ -478,12 +479,14 @@ def takes(path):
     """Whether a checkpoint folder is of a family that this file can run and model.py cannot."""
     file = Path(path) / "config.json"
     raw = read_json(file) if file.is_file() else {}
-    kind = (raw.get("text_config") or raw).get("model_type", "llama")
-    if kind not in FAMILIES:
+    text_config = raw.get("text_config")
+    kind = (text_config if text_config and isinstance(text_config, dict) else raw).get("model_type", "llama")
+    if not isinstance(kind, str) or kind not in FAMILIES:
         return False
     if raw.get("quantization_config"):
         return True
     try:
+        check_layers(raw.get("num_hidden_layers"), {})
         fields_of(raw)
     except (ValueError, TypeError, AttributeError):
         return kind != "llama"  # what is wrong with a LLaMA, model.py says
@@ -499,17 +502,28 @@ def from_folder(path, load, **settings):
     name, method = load.split(".")
     try:
         return getattr(getattr(attention_interface(), name), method)(path, local_files_only=True, **settings)
-    except (OSError, RuntimeError, ImportError, ValueError, KeyError, TypeError) as error:
-        lines = str(error).strip().splitlines()
-        raise ValueError(f"{path}: {name} of transformers: {lines[0] if lines else type(error).__name__}") from None
+    except Exception as error:  # there is none that it may not raise
+        raise ValueError(f"{path}: {name} of transformers: {first_line(error)}") from None
+
+
+def first_line(error):
+    """The first line of an exception's text, the second one too where that is only its title."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def open_folder(path, train_len=None):
     """(Config, Tokenizer) of a folder, for Model. The Config has the positions of the layers that a method governs."""
+    raw = read_json(Path(path) / "config.json")
+    if "num_hidden_layers" in raw:
+        check_layers(raw["num_hidden_layers"], stored_tensors(Path(path)))
     theirs = from_folder(path, "AutoConfig.from_pretrained")
-    with torch.device("meta"):
-        decoder = decoder_of(attention_interface().AutoModelForCausalLM.from_config(theirs))
-    rotary = type(decoder.rotary_emb)(decoder.config)  # not on the meta device: its frequencies are numbers
+    try:
+        with torch.device("meta"):
+            decoder = decoder_of(attention_interface().AutoModelForCausalLM.from_config(theirs))
+        rotary = type(decoder.rotary_emb)(decoder.config)  # not on the meta device: its frequencies are numbers
+    except Exception as error:  # of sizes that do not go together, there is none that it may not raise
+        raise ValueError(f"{path}: transformers cannot build this model: {first_line(error)}") from None
     layers = read_layers(decoder.config, FAMILIES[decoder.config.model_type], rotary, train_len)
     own = tuple(str(layer.own) if layer.own else "" for layer in layers)
     tokenizer = open_tokenizer(path)

@@ -209,12 +209,26 @@ def load(path, dtype=torch.float32, device="cpu", train_len=None, quantize=None)
     """(Llama, Tokenizer) of a Hugging Face folder, or of a name in checkpoints/; train_len overrides L.
 
     dtype: a torch type or its name; None keeps the stored type. quantize: "int8" or "int4", see quantized.py.
-    Raises FileNotFoundError or ValueError, naming the file and the tensor, for anything missing, extra or misshapen.
+    device: torch's, or its name.
+    Raises FileNotFoundError or ValueError, naming the file and the tensor, for anything missing, extra or misshapen,
+    and ValueError for a device that is not there.
     """
     path = find_checkpoint(path)
     config = Config.from_hf(path, train_len)
-    tokenizer = load_tokenizer(path, config.bos_token_id)
+    tokenizer = load_tokenizer(path, config.bos_token_id, config.vocab_size)
     return load_model(path, config, dtype, device, quantize=quantize), tokenizer
+
+
+def check_device(device):
+    """ValueError for a device, torch's or its name, that this machine lacks."""
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; there are cpu, cuda and mps") from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # the latter where torch is built without CUDA
+        raise ValueError(f"device {device}: this machine has none") from None
 
 
 def load_model(path, config, dtype=None, device="cpu", tokens=0, quantize=None):
@@ -226,6 +240,7 @@ def load_model(path, config, dtype=None, device="cpu", tokens=0, quantize=None):
         if dtype not in DTYPES:
             raise ValueError(f"weights of type {dtype} are not supported; there are {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
+    check_device(device)
     with torch.device("meta"):
         model = Llama(config)
     load_weights(model, path, dtype, device, quantize)

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from frequencies import FREQUENCIES, SCALES, UNROTATED, alibi_slopes, did_you_mean, pick, positive, whole
-from geometry import METHODS, cosscale
+from frequencies import (FITTED, FREQUENCIES, SCALES, UNROTATED, alibi_slopes, did_you_mean, followed_length, pick,
+                         positive, power_of_two, whole)
+from geometry import METHODS, cosscale, leaky_k, self_extend_group
 from plan import Plan, among, check_regions, visible_keys
 
 
@@ -59,7 +60,9 @@ def make_plan(method, i, j, *, n, L, D, H, base=1e4, freq=None, attn_scale=None,
     check_regions(asked.name, regions, places, len(j))
 
     # 2. frequencies
-    inv_freq, mscale = rule(rotary_dim, base, n, L, **asked.params_of(rule))
+    own_L = whole("original_max_position_embeddings", asked.params_of(rule).get("original_max_position_embeddings"), L)
+    length = followed_length(asked.freq or own_freq, n, own_L, int(i[-1]))
+    inv_freq, mscale = rule(rotary_dim, base, length, L, **asked.params_of(rule))
     plan = Plan(regions, inv_freq, mscale, interleaved=interleaved)
     if rule is FREQUENCIES["alibi"]:
         plan.slopes = alibi_slopes(H)
@@ -131,6 +134,27 @@ class Method:
         if plan.slopes is not None and all_heads > heads:  # this process has some of the heads (shards.py)
             plan.slopes = plan.slopes[config.first_head:config.first_head + heads]
         return plan
+
+    def covering(self, config, n, new):
+        """This Method with its automatic parameters fixed as they fit a prompt of n tokens and `new` ones after it: the
+        factor of frequencies, Self-Extend's group, Leaky ReRoPE's k. (Mesa and stair count on what is decoded by
+        themselves; LaMPE extends its mapping.) What is set already stays.
+
+        Method("pi"), L = 2048, n = 2000, new = 100: pi:factor=2.0, where the prompt alone would need 1.
+        """
+        name = self.name or config.freq
+        _, own_freq, _ = pick(METHODS, "method", name)
+        rule = self.freq or own_freq or config.freq
+        known = config.freq_params if rule == config.freq else {}
+        total, L = max(n, 1) + new, config.train_len
+        fitted = {}
+        if rule in FITTED and "factor" not in known:
+            fitted["factor"] = power_of_two(None, total, L)
+        if name == "self-extend":
+            fitted["group"] = self_extend_group(total, L, self.params.get("window"))
+        if name == "leaky-rerope":
+            fitted["k"] = leaky_k(total, L, self.params.get("window"))
+        return Method(self.name, self.freq, self.attn_scale, {**fitted, **self.params})
 
     def later_keys(self, config, n, now):
         """The keys before index `now` that some query from there on sees: disjoint, rising intervals [(start, stop)].

@@ -8,23 +8,41 @@ character. Does not: render chat templates (chat.py).
     ids = tokenizer.encode("The sky is")
 """
 import re
+import warnings
 from pathlib import Path
 
 GUARD = "\ufdd0"  # a noncharacter of Unicode, in no text: in front of a control token's name it says "this is text"
 LONE = "\ue000"   # a character for private use, which no tokenizer merges with what follows
 
 
-def load_tokenizer(path, bos_id):
-    """The Tokenizer of a folder; bos_id None: a model without BOS. FileNotFoundError or ValueError names the file."""
+def load_tokenizer(path, bos_id, vocab_size=None):
+    """The Tokenizer of a folder; bos_id None: a model without BOS. FileNotFoundError or ValueError names the file, also
+    where the tokenizer has more pieces than the model's vocab_size; much fewer give a warning."""
+    from checkpoint import own_file  # see read_object
     path = Path(path)
     settings = tokenizer_config(path)
     has_no_bos = settings.get("add_bos_token") is False or settings.get("bos_token", "unsaid") is None
     bos_id = None if has_no_bos else bos_id  # Qwen's config.json names a BOS that no text begins with
     if (path / "tokenizer.model").is_file():
-        return sentencepiece_tokenizer(path / "tokenizer.model", bos_id)
-    if (path / "tokenizer.json").is_file():
-        return json_tokenizer(path / "tokenizer.json", bos_id)
-    raise FileNotFoundError(f"{path}: no tokenizer.model and no tokenizer.json in this folder")
+        tokenizer = sentencepiece_tokenizer(own_file(path, "tokenizer.model"), bos_id)
+    elif (path / "tokenizer.json").is_file():
+        tokenizer = json_tokenizer(own_file(path, "tokenizer.json"), bos_id)
+    else:
+        raise FileNotFoundError(f"{path}: no tokenizer.model and no tokenizer.json in this folder")
+    if vocab_size is not None and tokenizer.size is not None:
+        check_size(path, tokenizer.size, vocab_size)
+    return tokenizer
+
+
+def check_size(path, size, vocab_size):
+    """ValueError for a tokenizer of more pieces than the model has embeddings, as its ids would be outside of them.
+    Embeddings are often padded, so that a few more are right; a warning for more than an eighth, and 1024, too many."""
+    if size > vocab_size:
+        raise ValueError(f"{path}: the tokenizer has {size} pieces, but config.json's vocab_size is {vocab_size}; "
+                         "is it this model's?")
+    if size < vocab_size - max(1024, vocab_size // 8):
+        warnings.warn(f"{path}: the tokenizer has {size} pieces, and the model {vocab_size}; is it this model's?",
+                      stacklevel=3)
 
 
 def sentencepiece_tokenizer(file, bos_id):
@@ -34,12 +52,14 @@ def sentencepiece_tokenizer(file, bos_id):
     except (RuntimeError, OSError):
         raise ValueError(f"{file}: not a sentencepiece model") from None
     size = core.get_piece_size()
+    if size == 0:
+        raise ValueError(f"{file}: a sentencepiece model without pieces")
     named = [token for token in range(size) if core.is_control(token) or core.is_unknown(token)]
     control = {core.id_to_piece(token): token for token in named}
 
     def decode(ids):
         return core.decode([token for token in ids if token < size])  # an added token has no text
-    return Tokenizer(core.encode, decode, bos_id, {**control, **added_tokens(file.parent)})
+    return Tokenizer(core.encode, decode, bos_id, {**control, **added_tokens(file.parent)}, size=size)
 
 
 def json_tokenizer(file, bos_id):
@@ -52,17 +72,22 @@ def json_tokenizer(file, bos_id):
     except Exception as error:  # the package raises nothing more special
         raise ValueError(f"{file}: not a tokenizer ({error})") from None
 
+    def encode_as(text, special_as_text):
+        core.encode_special_tokens = special_as_text
+        try:
+            return core.encode(text, add_special_tokens=False).ids
+        except Exception as error:
+            raise ValueError(f"{file}: cannot encode this text ({error})") from None
+
     def encode(text):
-        core.encode_special_tokens = True   # the name of a special token is text like any other
-        return core.encode(text, add_special_tokens=False).ids
+        return encode_as(text, True)    # the name of a special token is text like any other
 
     def encode_control(text):
-        core.encode_special_tokens = False
-        return core.encode(text, add_special_tokens=False).ids
+        return encode_as(text, False)
     if core.post_processor is not None and core.encode("a").ids[:1] != [bos_id]:
         bos_id = None
     control = {token.content: number for number, token in core.get_added_tokens_decoder().items() if token.special}
-    return Tokenizer(encode, core.decode, bos_id, control, encode_control)
+    return Tokenizer(encode, core.decode, bos_id, control, encode_control, core.get_vocab_size(with_added_tokens=False))
 
 
 def tokenizer_config(folder):
@@ -97,14 +122,23 @@ class Tokenizer:
     text and theirs are encoded together as in training, and a user who writes <|im_end|> gets these ten characters.
     """
 
-    def __init__(self, encode, decode, bos_id, control=None, encode_control=None):
-        self.encode_text = encode             # text -> ids, nothing added
+    def __init__(self, encode, decode, bos_id, control=None, encode_control=None, size=None):
+        self.encode_any = encode              # text -> ids, nothing added
         self.decode_ids = decode              # list of ids -> text
         self.bos_id = bos_id
         self.control = control or {}          # {name: id} of the control tokens
         self.encode_control = encode_control  # text -> ids, names of control tokens parsed; None: encode_rendered does
+        self.size = size                      # how many pieces there are, without added tokens; None: not known
         names = sorted(self.control, key=len, reverse=True)
         self.control_names = re.compile(f"(?<!{GUARD})({'|'.join(map(re.escape, names)) or '(?!)'})")
+
+    def encode_text(self, text):
+        """Token ids of a text, nothing added. ValueError for half characters, which flags and JSON can hold."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a text that is not UTF-8 (at character {error.start})") from None
+        return self.encode_any(text)
 
     def encode(self, text, bos=True):
         """Token ids, with BOS in front unless bos is False or the model has none. A leading "<s>" is not doubled."""

@@ -699,7 +699,7 @@ def run(argv=None, ranks=ALONE):
     args = parse_args(argv)
     ranks.check_same(settings=str(record(args)))
     say("train " + settings_line(vars(args)))
-    if (args.out / "training.json").exists():
+    if (args.out / "training.json").exists() and not (args.out / UNFINISHED).exists():
         raise ValueError(f"{args.out} holds a finished run; choose another --out, or delete it")
     torch.set_num_threads(1)  # so that sums are made in one order, and a rerun gives the same weights
     torch.manual_seed(args.seed)

@@ -47,7 +47,8 @@ def test_mesa_finds_the_passkey_at_eight_times_the_window(command):
     code, out, err = command("--method", "mesa")
     assert code == 0 and re.search(r"\d+", out).group() == "71432"
     assert "71432" not in command("--method", "rope")[1]
-    note, memory, settings, speed = err.splitlines()
+    note, memory, settings, verdict, speed = err.splitlines()
+    assert verdict == "the answer is right: 71432"
     assert memory.startswith("memory: about ") and "weights 3.9 MiB, cache 5.2 MiB, rotated keys 5.2 MiB" in memory
     assert note == "no prompt given: a passkey prompt of 2048 tokens, 8 times the window; the key is 71432"
     assert settings == ("ckpt=tiny method=mesa set=defaults attn-scale=logn prompt=2048 train-len=256 dtype=float32 "
