@@ -149,8 +149,8 @@ def main(argv=None):
             if wrong or different:
                 failed += 1
                 print(f"FAILED {work.__name__}: {wrong or 'another outcome'}; different: {different}", flush=True)
+            print(f"{sum(counts.values())} kills ({dict(counts)}), {failed} failed", flush=True)
         os.chdir("/")
-    print(f"{sum(counts.values())} kills ({dict(counts)}), {failed} failed")
     return 1 if failed else 0
 
 
