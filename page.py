@@ -184,16 +184,18 @@ def reach_or_none(method, reach):
 
 def plan_data(method, n, tables, slowdown):
     """A plan for a prompt of n tokens as a tuple of numbers of its parts, see page_data; or why there is none."""
-    tokens = torch.arange(LENGTHS[-1] + NEW)
+    tokens = torch.arange(LENGTHS[-1] + NEW)  # so that lengths share vectors
+    now = tokens[:n + NEW]
     try:
         plan = method.plan(CONFIG, n, tokens, tokens)
+        turning = method.plan(CONFIG, n, now, now)  # frequencies may follow what has been decoded
     except ValueError as error:
         return str(error)
     regions = tuple(region_data(r, tables) for r in plan.regions)
     scale = None
     if plan.q_scale is not None:
         scale = numbered(tables.vectors, tuple((1000 * plan.q_scale).round().long().tolist()))
-    return regions, scale, numbered(tables.speeds, speeds_of(plan, slowdown))
+    return regions, scale, numbered(tables.speeds, speeds_of(turning, slowdown))
 
 
 def speeds_of(plan, slowdown):
